@@ -1,0 +1,69 @@
+"""The exceptions of momentum-tuner.
+
+    MomentumTunerError            the root: catch this to catch them all
+    ├── InputError                wrong use or bad input: one clear line, exit code 2
+    │   ├── StudyFileError        the study file has mistakes; one line for each
+    │   ├── TaskError             the task cannot be loaded, or is not a usable `Task`
+    │   ├── StudyNotFoundError    no study of that name in this database
+    │   ├── StudyChangedError     the study file differs from what the database holds
+    │   ├── StorageError          the database URL is wrong or nothing answers there
+    │   ├── TrackingError         the MLflow URI is wrong or nothing answers there
+    │   ├── DeviceError           the device asked for is not on this machine
+    │   └── MissingExtraError     an optional package is not installed
+    ├── TicketLostError           the fence: another worker holds this ticket now
+    └── StudyFailedError          the work itself failed: exit code 1
+
+A trial that diverges is a result (`outcome = "diverged"`), not an exception.
+"""
+
+
+class MomentumTunerError(Exception):
+    """Root of all errors that momentum-tuner raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(MomentumTunerError):
+    """Wrong use or bad input: the message says what to change."""
+
+    exit_code = 2
+
+
+class StudyFileError(InputError):
+    """The study file has mistakes; the message has one line for each."""
+
+
+class TaskError(InputError):
+    """The task cannot be loaded, or what it returns is not a usable `Task`."""
+
+
+class StudyNotFoundError(InputError):
+    """The database holds no study of that name."""
+
+
+class StudyChangedError(InputError):
+    """The study file differs from the study of that name in the database."""
+
+
+class StorageError(InputError):
+    """The database URL is wrong, or no database answers there."""
+
+
+class TrackingError(InputError):
+    """The MLflow tracking URI is wrong, or no server answers there."""
+
+
+class DeviceError(InputError):
+    """The device asked for is not on this machine."""
+
+
+class MissingExtraError(InputError):
+    """A package of an optional extra is not installed."""
+
+
+class TicketLostError(MomentumTunerError):
+    """Another worker holds this ticket now: what was computed for it is discarded."""
+
+
+class StudyFailedError(MomentumTunerError):
+    """The study could not be brought to its end."""
