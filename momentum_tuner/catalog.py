@@ -88,9 +88,7 @@ _COMMON = ("weight_decay", "clip_norm")
 OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
     {
         "sgd": Optimizer("sgd", ("learning_rate", *_COMMON), {"momentum": 0.0, "nesterov": 0.0}, "SGD"),
-        "momentum": Optimizer(
-            "sgd", ("learning_rate", "momentum", "dampening", *_COMMON), {"nesterov": 0.0}, "SGD"
-        ),
+        "momentum": Optimizer("sgd", ("learning_rate", "momentum", "dampening", *_COMMON), {"nesterov": 0.0}, "SGD"),
         "nesterov": Optimizer("sgd", ("learning_rate", "momentum", *_COMMON), {"nesterov": 1.0}, "SGD"),
         "momentum_classic": Optimizer("momentum_classic", ("learning_rate", "momentum", *_COMMON)),
         "nesterov_lookahead": Optimizer("nesterov_lookahead", ("learning_rate", "momentum", *_COMMON)),

@@ -16,6 +16,10 @@
 A trial that diverges is a result (`outcome = "diverged"`), not an exception.
 """
 
+import re
+import traceback
+from pathlib import Path
+
 
 class MomentumTunerError(Exception):
     """Root of all errors that momentum-tuner raises on purpose."""
@@ -67,3 +71,19 @@ class TicketLostError(MomentumTunerError):
 
 class StudyFailedError(MomentumTunerError):
     """The study could not be brought to its end."""
+
+
+_SECRET = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^\s/@]*@")
+
+
+def redact(text: str) -> str:
+    """A text with user and password of every URL in it hidden, for logs, tables, tags and messages."""
+    return _SECRET.sub(lambda found: f"{found['scheme']}***@", text)
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line on what went wrong and where, without secrets."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    lines = str(error).strip().splitlines()
+    return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}")[:500]

@@ -1,0 +1,156 @@
+"""Commands that look at studies: status, list, best, delete."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from momentum_tuner.cli.options import json_option, open_database, storage_option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from momentum_tuner.tickets import BestSetting
+
+
+@click.command(epilog="Example: momentum-tuner status digits-mlp --watch")
+@click.argument("name", required=False)
+@storage_option
+@json_option
+@click.option("--watch", is_flag=True, help="Show again every second until the study is done.")
+def status(name: str | None, storage: str, as_json: bool, watch: bool) -> None:
+    """How far a study is, who works on it, the best so far. Without NAME: the newest study."""
+    import time
+
+    from momentum_tuner.errors import StudyNotFoundError
+    from momentum_tuner.tickets import find_study, list_studies, study_progress
+
+    database = open_database(storage)
+    if name is None:
+        studies = list_studies(database)
+        if not studies:
+            raise StudyNotFoundError(
+                f"{database.shown} holds no study yet; start one with `momentum-tuner run STUDY.yaml`"
+            )
+        name = studies[-1].name
+    study = find_study(database, name)
+    while True:
+        progress = study_progress(database, study)
+        if as_json:
+            click.echo(json.dumps(progress.flat()))
+        else:
+            from momentum_tuner.cli.tables import console, progress_table, workers_table
+
+            out = console()
+            if watch and out.is_terminal:
+                out.clear()
+            out.print(progress_table(progress))
+            if progress.workers:
+                out.print(workers_table(progress))
+        if not watch or progress.phase == "done":
+            return
+        time.sleep(1.0)
+
+
+@click.command("list", epilog="Example: momentum-tuner list")
+@storage_option
+@json_option
+def list_command(storage: str, as_json: bool) -> None:
+    """All studies of the database."""
+    from momentum_tuner.tickets import list_studies, study_progress
+
+    database = open_database(storage)
+    rows = [(study, study_progress(database, study)) for study in list_studies(database)]
+    if as_json:
+        found = [
+            {
+                "study": study.name,
+                "phase": progress.phase,
+                "tickets": progress.tickets,
+                "done": progress.done,
+                "optimizers": list(study.spec.optimizers),
+                "task": study.spec.task.factory,
+            }
+            for study, progress in rows
+        ]
+        click.echo(json.dumps(found))
+        return
+    from momentum_tuner.cli.tables import console, studies_table
+
+    console().print(studies_table(rows))
+
+
+@click.command(epilog="Example: momentum-tuner best digits-mlp --format torch")
+@click.argument("name")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "yaml", "torch"]),
+    default="table",
+    show_default=True,
+    help="`torch` prints lines to paste into a training script.",
+)
+@storage_option
+def best(name: str, form: str, storage: str) -> None:
+    """The winning setting of each optimizer, best first."""
+    from momentum_tuner.errors import StudyFailedError
+    from momentum_tuner.tickets import best_settings, find_study, study_progress
+
+    database = open_database(storage)
+    study = find_study(database, name)
+    found = best_settings(database, study)
+    if not found and form != "json":
+        raise StudyFailedError(f"study {name!r} has no completed trial yet; see `momentum-tuner status {name}`")
+    if form == "json":
+        click.echo(json.dumps([b.flat() for b in found], indent=2))
+    elif form == "yaml":
+        import yaml
+
+        click.echo(yaml.safe_dump([b.flat() for b in found], sort_keys=False).rstrip())
+    elif form == "torch":
+        for line in torch_lines(found):
+            click.echo(line)
+    else:
+        from momentum_tuner.cli.tables import best_table, console
+
+        console().print(best_table(study_progress(database, study), found))
+
+
+def torch_lines(found: Sequence[BestSetting]) -> list[str]:
+    """Lines to paste, best first; an optimizer that torch has not is named in a comment."""
+    from momentum_tuner.space import torch_line
+
+    lines = []
+    for b in found:
+        line = torch_line(b.optimizer, b.settings)
+        lines.append(line or f"# {b.optimizer} is not in torch.optim: {_plain(b.settings)}")
+    return lines
+
+
+@click.command(epilog="Example: momentum-tuner delete digits-mlp")
+@click.argument("name")
+@storage_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(name: str, storage: str, yes: bool) -> None:
+    """Remove a study, its trials and its Optuna studies, after asking. Runs in MLflow stay."""
+    from momentum_tuner.errors import InputError
+    from momentum_tuner.search import delete_optuna_studies
+    from momentum_tuner.tickets import delete_study, find_study, study_progress
+
+    database = open_database(storage)
+    study = find_study(database, name)
+    progress = study_progress(database, study)
+    alive = [w.id for w in progress.workers if w.state == "running"]
+    if alive:
+        raise InputError(f"{len(alive)} worker(s) still work on {name!r} ({', '.join(alive)}); stop them first")
+    if not yes:
+        click.confirm(f"Remove study {name!r} with {progress.done} finished trials?", abort=True)
+    delete_optuna_studies(database, study.spec)
+    delete_study(database, study.id)
+    click.echo(f"Removed {name}. Its runs in MLflow stay there.")
+
+
+def _plain(settings: Any) -> str:
+    return ", ".join(f"{name}={value:.6g}" for name, value in settings.items())

@@ -1,0 +1,108 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from momentum_tuner.database import Database
+
+Command = Callable[..., Any]
+
+storage_option = click.option(
+    "--storage",
+    metavar="URL",
+    envvar="MOMENTUM_TUNER_STORAGE",
+    default="sqlite:///momentum_tuner.db",
+    show_default=True,
+    show_envvar=True,
+    help="Database of studies and trials: SQLite, or postgresql://user:password@host/name.",
+)
+tracking_option = click.option(
+    "--tracking-uri",
+    metavar="URI",
+    envvar="MLFLOW_TRACKING_URI",
+    default="sqlite:///mlflow.db",
+    show_default=True,
+    show_envvar=True,
+    help="Where MLflow keeps its runs: sqlite:///file.db or http://host:5000; `none` shows nothing there.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def worker_options(command: Command) -> Command:
+    """Options of the commands that start workers."""
+    for option in (
+        click.option(
+            "--trust",
+            metavar="PACKAGE",
+            multiple=True,
+            help="A package, or the path of a task file, that workers may import. Repeatable.",
+        ),
+        click.option(
+            "--slots",
+            metavar="N|auto",
+            default="auto",
+            show_default=True,
+            help="Trials that one worker trains at once.",
+        ),
+        click.option(
+            "--device",
+            metavar="auto|cpu|cuda|cuda:0,1",
+            default="auto",
+            show_default=True,
+            help="Where workers train.",
+        ),
+        click.option(
+            "--workers",
+            metavar="N|auto",
+            default="auto",
+            show_default=True,
+            help="Worker processes on this machine; auto is one per GPU, or one on the CPU.",
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Say more about what workers do."),
+        tracking_option,
+        storage_option,
+    ):
+        command = option(command)
+    return command
+
+
+def open_database(storage: str, *, create: bool = False) -> Database:
+    """The database, with its tables up to date.
+
+    Raises:
+        StorageError: it is not reachable or, unless `create` is set, an SQLite file that is not there.
+    """
+    from pathlib import Path
+
+    from momentum_tuner.database import Database, migrate
+    from momentum_tuner.errors import StorageError
+
+    database = Database(storage)
+    if not create and database.dialect == "sqlite" and not Path(database.url.database or "").exists():
+        raise StorageError(
+            f"there is no database {database.shown} yet; start a study with `momentum-tuner run STUDY.yaml`, "
+            "or name another one with --storage"
+        )
+    migrate(database)
+    return database
+
+
+def parse_slots(slots: str) -> int | None:
+    """`--slots`: a number above 0, None for auto."""
+    if slots == "auto":
+        return None
+    if slots.isdecimal() and int(slots) > 0:
+        return int(slots)
+    raise click.UsageError(f"--slots {slots!r}: write a number above 0, or auto")
+
+
+def parse_tracking_uri(uri: str) -> str | None:
+    """`--tracking-uri`, checked; None for `none`."""
+    from momentum_tuner.tracking import check_tracking_uri
+
+    return None if uri == "none" else check_tracking_uri(uri)

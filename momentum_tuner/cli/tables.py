@@ -1,0 +1,115 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord
+from momentum_tuner.tracking.runs import short_momentum
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that keeps its lines whole where its output goes to a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
+
+
+def setting_text(settings: Mapping[str, Any]) -> str:
+    """Such as `lr=0.031 beta=0.95`, with what else is set to something."""
+    parts = []
+    for name, value in settings.items():
+        if name == "learning_rate":
+            parts.append(f"lr={value:.3g}")
+        elif name == "momentum":
+            parts.append(f"beta={short_momentum(value)}")
+    return " ".join(parts)
+
+
+def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
+    """The best setting of each optimizer, best first, with how its trials ended."""
+    counts = {o.optimizer: o for o in progress.optimizers}
+    metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
+    table = Table(title=f"{progress.study}: best setting of each optimizer", title_justify="left", expand=False)
+    table.add_column("optimizer")
+    table.add_column("learning rate", justify="right")
+    table.add_column("momentum", justify="right")
+    table.add_column("valid loss", justify="right")
+    for name in metrics:
+        table.add_column(name.replace("_", " "), justify="right")
+    for name in ("trial", "complete", "pruned", "diverged", "failed"):
+        table.add_column(name, justify="right")
+    ranked = {b.optimizer: b for b in best}
+    for optimizer in [*ranked, *(o for o in counts if o not in ranked)]:
+        found, count = ranked.get(optimizer), counts[optimizer]
+        row = [optimizer]
+        if found is None:
+            row += ["-"] * (3 + len(metrics) + 1)
+        else:
+            momentum = found.settings.get("momentum")
+            row += [
+                f"{found.settings['learning_rate']:.4g}",
+                "-" if momentum is None else short_momentum(momentum),
+                _number(found.measures.get("best_valid_loss")),
+                *(_number(found.measures.get(m)) for m in metrics),
+                str(found.trial),
+            ]
+        row += [str(getattr(count, name)) for name in ("complete", "pruned", "diverged", "failed")]
+        table.add_row(*row)
+    return table
+
+
+def progress_table(progress: StudyProgress) -> Table:
+    """How far each optimizer is."""
+    table = Table(title=f"{progress.study}: {progress.phase}", title_justify="left")
+    table.add_column("optimizer")
+    for name in ("done", "running", "complete", "pruned", "diverged", "failed"):
+        table.add_column(name, justify="right")
+    table.add_column("best", justify="right")
+    table.add_column("at")
+    for o in progress.optimizers:
+        table.add_row(
+            o.optimizer,
+            f"{o.done}/{o.tickets}",
+            *(str(getattr(o, name)) for name in ("running", "complete", "pruned", "diverged", "failed")),
+            _number(o.best),
+            setting_text(o.best_setting or {}),
+        )
+    return table
+
+
+def workers_table(progress: StudyProgress) -> Table:
+    """Who works on the study."""
+    table = Table(title="workers", title_justify="left")
+    for name in ("worker", "device", "slots", "state", "heartbeat"):
+        table.add_column(name, justify="right" if name == "slots" else "left")
+    for w in progress.workers:
+        table.add_row(w.id, w.device, str(w.slots), w.state, f"{w.heartbeat_age_s:.0f} s ago")
+    return table
+
+
+def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
+    """All studies of a database."""
+    table = Table()
+    table.add_column("study")
+    table.add_column("phase")
+    table.add_column("done", justify="right")
+    table.add_column("optimizers")
+    table.add_column("task")
+    for study, progress in rows:
+        table.add_row(
+            study.name,
+            progress.phase,
+            f"{progress.done}/{progress.tickets}",
+            ", ".join(study.spec.optimizers),
+            study.spec.task.factory,
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

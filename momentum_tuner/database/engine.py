@@ -1,0 +1,172 @@
+"""Connections to the database: SQLite and PostgreSQL behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from momentum_tuner.errors import MissingExtraError, StorageError, redact
+
+DEFAULT_URL = "sqlite:///momentum_tuner.db"
+BUSY_SECONDS = 30
+STATEMENT_SECONDS = 30
+
+
+def storage_url(text: str) -> URL:
+    """A database URL, checked, with the driver that momentum-tuner uses.
+
+    Raises:
+        StorageError: it is not a URL, or of another database than SQLite and PostgreSQL.
+        MissingExtraError: PostgreSQL without psycopg.
+    """
+    try:
+        url = make_url(text)
+    except (sa.exc.ArgumentError, ValueError):
+        raise StorageError(
+            f"--storage {redact(text)!r} is not a database URL; write sqlite:///file.db or "
+            "postgresql://user:password@host/database"
+        ) from None
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        if not url.database or url.database == ":memory:":
+            raise StorageError("--storage: an in-memory SQLite database cannot be shared; write sqlite:///file.db")
+        return url.set(drivername="sqlite", database=str(Path(url.database).absolute()))
+    if backend in {"postgresql", "postgres"}:
+        try:
+            import psycopg  # noqa: F401
+        except ImportError:
+            raise MissingExtraError(
+                "PostgreSQL needs the extra 'postgres': pip install 'momentum-tuner[postgres]'"
+            ) from None
+        return url.set(drivername="postgresql+psycopg")
+    raise StorageError(f"--storage: {backend!r} is not supported; use sqlite or postgresql")
+
+
+def engine_options(url: URL, connections: int) -> dict[str, Any]:
+    """Arguments of `create_engine` for our own tables and for Optuna's: timeouts, and a bound on connections."""
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, "poolclass": NullPool}
+    return {
+        "pool_size": connections,
+        "max_overflow": 0,
+        "pool_pre_ping": True,
+        "pool_timeout": STATEMENT_SECONDS,
+        "connect_args": {
+            "connect_timeout": 10,
+            "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": STATEMENT_SECONDS * 1000,
+        },
+    }
+
+
+def tune_sqlite(engine: Engine) -> None:
+    """Write-ahead logging, so that readers never wait for the writer, on every new connection."""
+    if engine.dialect.name != "sqlite":
+        return
+
+    @sa.event.listens_for(engine, "connect")
+    def set_pragmas(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+
+class Database:
+    """The database of studies, tickets and records.
+
+    Args:
+        url: as the user wrote it; see `storage_url`.
+        connections: most connections held at once (PostgreSQL).
+    """
+
+    def __init__(self, url: str, connections: int = 2) -> None:
+        self.url = storage_url(url)
+        options = engine_options(self.url, connections)
+        if self.dialect == "sqlite":
+            folder = Path(self.url.database or "").parent
+            if not folder.is_dir():
+                raise StorageError(f"--storage: the folder {folder} does not exist; make it first")
+            # None hands BEGIN to us: the driver's own would be a deferred one, which can fail half-way as locked.
+            options["connect_args"]["isolation_level"] = None
+        self.engine = sa.create_engine(self.url, **options)
+        tune_sqlite(self.engine)
+        if self.dialect == "sqlite":
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self.url.get_backend_name()
+
+    @property
+    def text(self) -> str:
+        """The URL with its password, for the libraries and child processes that connect by themselves."""
+        return self.url.render_as_string(hide_password=False)
+
+    @property
+    def shown(self) -> str:
+        """The URL as people may see it."""
+        return redact(self.text).replace("postgresql+psycopg://", "postgresql://")
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads."""
+        with self._translated(), Session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that writes; on SQLite it holds the write lock from its start (`BEGIN IMMEDIATE`)."""
+        engine = self.engine.execution_options(immediate=True)
+        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the driver's errors of reaching the database into one line, without secrets."""
+        try:
+            yield
+        except sa.exc.OperationalError as error:
+            raise StorageError(f"the database {self.shown} does not answer: {_first_line(error)}") from error
+        except sa.exc.DatabaseError as error:
+            if "file is not a database" in str(error):
+                raise StorageError(f"--storage: {self.shown} is not an SQLite database") from None
+            raise
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get("immediate")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _first_line(error: sa.exc.DBAPIError) -> str:
+    lines = str(error.orig).strip().splitlines()
+    return redact(lines[0]) if lines else type(error.orig).__name__
+
+
+def insert_new(dialect: str, table: type[Any]) -> Any:
+    """An INSERT into a mapped table that passes over rows whose primary key exists."""
+    if dialect == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert as insert_sqlite
+
+        return insert_sqlite(table).on_conflict_do_nothing()
+    from sqlalchemy.dialects.postgresql import insert as insert_postgresql
+
+    return insert_postgresql(table).on_conflict_do_nothing()

@@ -1,0 +1,87 @@
+"""Which worker runs on which device, with how many CPU threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from momentum_tuner.errors import DeviceError, InputError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one worker runs."""
+
+    device: str
+    threads: int | None
+
+
+def plan_workers(workers: str, device: str) -> list[Placement]:
+    """A placement for each worker.
+
+    `--workers auto` is one worker per GPU, or one on the CPU. Several workers share the devices in turn, and those on
+    the CPU share its cores.
+
+    Args:
+        workers: `auto` or a number.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `cuda:0,2`.
+
+    Raises:
+        InputError: `workers` is not a number above 0.
+        DeviceError: the device is unknown or not on this machine.
+    """
+    devices = resolve_devices(device)
+    if workers == "auto":
+        count = len(devices)
+    elif workers.isdecimal() and int(workers) > 0:
+        count = int(workers)
+    else:
+        raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
+    cores = available_cores()
+    on_cpu = count if devices == ["cpu"] else 0
+    threads = max(1, cores // on_cpu) if on_cpu else None
+    return [Placement(devices[i % len(devices)], threads) for i in range(count)]
+
+
+def resolve_devices(device: str) -> list[str]:
+    """The devices that `--device` names, each as torch calls it."""
+    if device == "cpu":
+        return ["cpu"]
+    if device == "auto" and not _may_have_gpu():
+        return ["cpu"]
+    found = visible_gpus()
+    if device == "auto":
+        return [f"cuda:{i}" for i in range(found)] or ["cpu"]
+    name, _, numbers = device.partition(":")
+    if name != "cuda" or (numbers and not all(n.strip().isdecimal() for n in numbers.split(","))):
+        raise DeviceError(f"--device {device!r}: write auto, cpu, cuda, cuda:1 or cuda:0,2")
+    if not found:
+        raise DeviceError(f"--device {device}: torch sees no GPU here; use --device cpu, or see `nvidia-smi`")
+    chosen: Sequence[int] = [int(n) for n in numbers.split(",")] if numbers else range(found)
+    absent = [n for n in chosen if n >= found]
+    if absent:
+        raise DeviceError(
+            f"--device {device}: this machine has {found} GPU(s), numbered from 0; there is no {absent[0]}"
+        )
+    return [f"cuda:{n}" for n in chosen]
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def visible_gpus() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _may_have_gpu() -> bool:
+    """Whether it is worth the second that importing torch takes to ask it."""
+    return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")) or os.name == "nt"

@@ -1,0 +1,217 @@
+"""Workers, and the publisher beside them, as child processes of this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from momentum_tuner.database import Database, Worker
+from momentum_tuner.launcher.devices import Placement
+from momentum_tuner.worker_options import WorkerOptions
+
+RESTARTS = 5
+"""How often a worker that died is replaced; a trial that kills its workers has failed for good before."""
+DRAIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """A worker that ended in an error."""
+
+    exit_code: int
+    message: str
+
+
+@dataclass
+class _Child:
+    """A child process, with the last line it wrote."""
+
+    process: subprocess.Popen[str]
+    restarts: int = 0
+    last_error: str = ""
+    reader: threading.Thread | None = None
+    options: WorkerOptions | None = None
+
+
+class LocalWorkers:
+    """Starts workers, watches them, replaces those that die, and passes on the wish to stop.
+
+    Args:
+        database: where they find their work.
+        options: what each serves; device, threads and ordinal are set for each.
+        placements: one for each worker.
+        say: gets each line that a child writes.
+        log_level: of the children.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        options: WorkerOptions,
+        placements: Sequence[Placement],
+        say: Callable[[str], None],
+        log_level: int = logging.WARNING,
+    ) -> None:
+        self.database = database
+        self.failures: list[WorkerFailure] = []
+        self._say = say
+        self._log_level = log_level
+        self._stopping = False
+        self._publisher: _Child | None = None
+        self._workers: list[_Child] = []
+        self._plan = [
+            replace(options, device=p.device, threads=p.threads, ordinal=options.ordinal + i)
+            for i, p in enumerate(placements)
+        ]
+
+    def prepare(self, publish: bool) -> None:
+        """Start the processes, so that they import what they need while the study is still being checked."""
+        self._workers = [self._spawn("worker", options) for options in self._plan]
+        if publish:
+            self._publisher = self._spawn("publisher", None)
+
+    def start(self, studies: Sequence[str], tracking_uri: str | None) -> None:
+        """Let the prepared processes begin: workers on their studies, the publisher on these.
+
+        Args:
+            studies: what the publisher shows, empty for every study.
+            tracking_uri: where to; None if there is no publisher.
+        """
+        for child in self._workers:
+            self._order(child)
+        if self._publisher is not None:
+            self._write(self._publisher, {"studies": list(studies), "tracking_uri": tracking_uri})
+
+    def watch(self) -> bool:
+        """Look after the workers once; True while any of them runs."""
+        for child in list(self._workers):
+            code = child.process.poll()
+            if code is None:
+                continue
+            self._workers.remove(child)
+            self._finish_reading(child)
+            if code == 0:
+                continue
+            self._mark_stopped(child.process.pid)
+            if self._stopping:
+                continue
+            if code in (1, 2) or child.restarts >= RESTARTS:
+                self.failures.append(WorkerFailure(code if code > 0 else 1, child.last_error or _ended(code)))
+            else:
+                self._say(f"a worker {_ended(code)}; another one takes over its trials")
+                assert child.options is not None
+                again = self._spawn("worker", child.options)
+                again.restarts = child.restarts + 1
+                self._order(again)
+                self._workers.append(again)
+        return bool(self._workers)
+
+    def drain(self) -> None:
+        """Ask the workers to give their trials back and end."""
+        self._stopping = True
+        for child in self._workers:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Drain, and end whoever is still there after 10 s."""
+        self.drain()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self.watch() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all workers at once, as a second Ctrl-C does."""
+        self._stopping = True
+        for child in self._workers:
+            child.process.kill()
+            child.process.wait()
+        self.watch()
+
+    def finish_publishing(self, seconds: float) -> bool:
+        """Let the publisher show the rest, for so long at most; returns whether MLflow shows everything."""
+        child, self._publisher = self._publisher, None
+        if child is None:
+            return True
+        assert child.process.stdin is not None
+        child.process.stdin.close()
+        try:
+            code = child.process.wait(timeout=max(0.1, seconds))
+        except subprocess.TimeoutExpired:
+            child.process.kill()
+            code = child.process.wait()
+        self._finish_reading(child)
+        return code == 0
+
+    def _spawn(self, role: str, options: WorkerOptions | None) -> _Child:
+        environment = dict(os.environ)
+        threads = options.threads if options is not None else 1
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "momentum_tuner.launcher.process", role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches this process only, which passes it on
+        )
+        child = _Child(process, options=options)
+        child.reader = threading.Thread(target=self._read, args=(child,), daemon=True)
+        child.reader.start()
+        return child
+
+    def _order(self, child: _Child) -> None:
+        assert child.options is not None
+        self._write(child, {"options": asdict(child.options)})
+
+    def _write(self, child: _Child, order: dict[str, Any]) -> None:
+        assert child.process.stdin is not None
+        order = {**order, "storage": self.database.text, "log_level": self._log_level}
+        with contextlib.suppress(BrokenPipeError):  # it died; `watch` will see it
+            child.process.stdin.write(json.dumps(order) + "\n")
+            child.process.stdin.flush()
+
+    def _read(self, child: _Child) -> None:
+        assert child.process.stderr is not None
+        for line in child.process.stderr:
+            text = line.rstrip()
+            if text.startswith("Error: "):
+                child.last_error = text.removeprefix("Error: ")
+            elif child.last_error and text.startswith("  "):
+                child.last_error += "\n" + text
+            elif text:
+                self._say(text)
+
+    def _finish_reading(self, child: _Child) -> None:
+        if child.reader is not None:
+            child.reader.join(timeout=5)
+        for stream in (child.process.stdin, child.process.stderr):
+            if stream is not None:
+                stream.close()
+
+    def _mark_stopped(self, pid: int) -> None:
+        """Note at once that a child is gone; others need not wait for its heartbeat to grow old."""
+        from momentum_tuner.tickets import WorkerIdentity
+
+        host = WorkerIdentity.of_this_process().host
+        with self.database.write() as session:
+            session.execute(sa.update(Worker).where(Worker.host == host, Worker.pid == pid).values(state="stopped"))
+
+
+def _ended(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"

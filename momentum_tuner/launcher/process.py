@@ -1,0 +1,90 @@
+"""What runs in a child process: one line of JSON on standard input says what to do.
+
+Standard input stays open as long as the parent lives; when it ends, the child drains and goes. Secrets come this way
+too, so that no process list shows them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import traceback
+import uuid
+from importlib import import_module
+
+from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
+
+
+def main() -> int:
+    """Run as a worker or as the publisher, as the first argument says; returns the exit code.
+
+    What takes long to import is imported before the order comes, while the parent checks the study.
+    """
+    role = sys.argv[1]
+    import_module("momentum_tuner.worker" if role == "worker" else "momentum_tuner.tracking.publisher")
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    order = json.loads(line)
+    logging.basicConfig(level=order["log_level"], format="%(message)s", stream=sys.stderr)
+    logging.captureWarnings(True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        return _work(order) if role == "worker" else _publish(order)
+    except MomentumTunerError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        logging.getLogger(__name__).info("%s", redact(traceback.format_exc()))
+        print(f"Error: {describe_failure(error)}", file=sys.stderr)
+        return 1
+
+
+def _work(order: dict[str, object]) -> int:
+    from momentum_tuner.worker import StopSignal, WorkerOptions, run_worker
+
+    stop = StopSignal()
+    stop.install()
+
+    def watch_parent() -> None:
+        sys.stdin.read()
+        stop.asked = True
+
+    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
+    values = order["options"]
+    assert isinstance(values, dict)
+    options = WorkerOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    run_worker(str(order["storage"]), options, stop)
+    return 0
+
+
+def _publish(order: dict[str, object]) -> int:
+    import signal
+
+    from momentum_tuner.database import Database
+    from momentum_tuner.tracking import PublisherLoop, quiet_mlflow
+
+    # The parent decides when publishing ends: it closes standard input, also when it dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finishing = threading.Event()
+
+    def watch_parent() -> None:
+        sys.stdin.read()
+        finishing.set()
+
+    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
+    quiet_mlflow()
+    database = Database(str(order["storage"]))
+    name = f"publisher-{uuid.uuid4().hex[:12]}"
+    studies = order["studies"]
+    assert isinstance(studies, list)
+    whole = PublisherLoop(database, studies, str(order["tracking_uri"]), name).run(finishing.is_set)
+    database.close()
+    return 0 if whole else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

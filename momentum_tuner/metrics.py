@@ -1,0 +1,293 @@
+"""Convergence and stability measures, exactly as METRICS.md defines them, as pure functions over NumPy arrays.
+
+The trainer records a few numbers per step and slot (`StepTable`); everything else is derived here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+SPIKE_HORIZON = 50
+SPIKE_DEVIATIONS = 6.0
+DIVERGENCE_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What the trainer records of each step of one epoch; every array is `[steps, slots]`.
+
+    Attributes:
+        loss: minibatch loss before the update.
+        grad_norm: global L2 norm of the minibatch gradient.
+        layer_grad_ratio: largest over smallest per-tensor RMS gradient.
+        update_norm: L2 norm of u_t.
+        update_dot: <u_t, u_{t-1}>, zero on a trial's first step.
+    """
+
+    loss: Array
+    grad_norm: Array
+    layer_grad_ratio: Array
+    update_norm: Array
+    update_dot: Array
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One row of the table `epochs`: the state of a trial after an epoch (epoch 0: before training).
+
+    Attributes:
+        epoch: epochs done, 0 for the untrained model.
+        step: optimizer steps done.
+        train_loss: mean minibatch loss over the epoch, before each update.
+        valid_loss: loss on the whole validation set; None if it is not finite.
+        grad_norm: mean over the epoch's steps of the gradient's global L2 norm.
+        grad_norm_max: its maximum.
+        layer_grad_ratio: largest over smallest per-tensor RMS gradient, mean over the epoch.
+        update_norm: mean L2 norm of the update.
+        oscillation: share of the epoch's steps with <u_t, u_{t-1}> < 0.
+        spikes: steps whose loss stands out of its trailing mean, see `count_spikes`.
+        seconds: wall time of the epoch divided by the slots that shared it.
+        distance: L2 distance to the task's known optimum, where it names one.
+        metrics: the task's own metrics on the validation set by name, without the prefix `valid_`.
+        diverged_at_step: the step at which the trial diverged, if it did.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    grad_norm: float | None = None
+    grad_norm_max: float | None = None
+    layer_grad_ratio: float | None = None
+    update_norm: float | None = None
+    oscillation: float | None = None
+    spikes: int | None = None
+    seconds: float | None = None
+    distance: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    diverged_at_step: int | None = None
+
+    def value(self, metric: str) -> float | None:
+        """The measure called `metric` (`valid_loss`, `valid_accuracy`, `grad_norm`, ...), None if missing."""
+        if metric in _SCALARS:
+            found: float | None = getattr(self, metric)
+            return found
+        return self.metrics.get(metric.removeprefix("valid_"))
+
+
+_SCALARS = frozenset(f.name for f in fields(EpochRecord)) - {"metrics"}
+
+
+@dataclass(frozen=True)
+class SpikeState:
+    """The trailing mean of one trial's loss and of its absolute deviation, carried from epoch to epoch.
+
+    Attributes:
+        weight: sum of the exponential weights so far; dividing by it removes the start's bias.
+        mean: weighted sum of the losses.
+        deviation_weight: as `weight`, for the deviations, which start one step later.
+        deviation: weighted sum of the absolute deviations from the trailing mean.
+    """
+
+    weight: float = 0.0
+    mean: float = 0.0
+    deviation_weight: float = 0.0
+    deviation: float = 0.0
+
+
+def count_spikes(losses: Array, first_step: int, state: SpikeState) -> tuple[int, SpikeState]:
+    """Count the steps whose loss exceeds the trailing mean by more than 6 trailing mean absolute deviations.
+
+    Both are exponential means with a horizon of 50 steps over the steps before, corrected for their start; the
+    first 50 steps never count.
+
+    Args:
+        losses: `[steps]`, one trial's minibatch losses, all finite.
+        first_step: the number of the first of them, counted from 1.
+        state: what the call for the steps before returned.
+    """
+    keep = 1.0 - 1.0 / SPIKE_HORIZON
+    weight, mean = state.weight, state.mean
+    deviation_weight, deviation = state.deviation_weight, state.deviation
+    spikes = 0
+    for step, loss in enumerate(losses.tolist(), start=first_step):
+        if weight > 0.0:
+            excess = loss - mean / weight
+            if (
+                step > SPIKE_HORIZON
+                and deviation_weight > 0.0
+                and excess > SPIKE_DEVIATIONS * deviation / deviation_weight
+            ):
+                spikes += 1
+            deviation = keep * deviation + (1.0 - keep) * abs(excess)
+            deviation_weight = keep * deviation_weight + (1.0 - keep)
+        mean = keep * mean + (1.0 - keep) * loss
+        weight = keep * weight + (1.0 - keep)
+    return spikes, SpikeState(weight, mean, deviation_weight, deviation)
+
+
+def divergence_limit(initial_loss: float) -> float:
+    """The loss above which a trial that began at `initial_loss` is diverged: 10x the initial loss.
+
+    For an initial loss below zero, where ten times it would lie below, the same distance above it.
+    """
+    return initial_loss + (DIVERGENCE_FACTOR - 1.0) * abs(initial_loss)
+
+
+def mean_or_none(values: Array) -> float | None:
+    """Arithmetic mean of `[n]` values; None if there are none or it is not finite."""
+    return finite(float(values.mean())) if values.size else None
+
+
+def finite(value: float | None) -> float | None:
+    """The value itself, or None if it is NaN, infinite or missing: what is not finite is not stored."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def summarize_steps(table: StepTable, slot: int, steps: int) -> dict[str, float | None]:
+    """The measures of one slot's epoch from its first `steps` steps (fewer than the epoch's if it diverged)."""
+    if steps == 0:
+        return {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            "train_loss": mean_or_none(table.loss[:steps, slot]),
+            "grad_norm": mean_or_none(table.grad_norm[:steps, slot]),
+            "grad_norm_max": finite(float(table.grad_norm[:steps, slot].max())),
+            "layer_grad_ratio": mean_or_none(table.layer_grad_ratio[:steps, slot]),
+            "update_norm": mean_or_none(table.update_norm[:steps, slot]),
+            "oscillation": float((table.update_dot[:steps, slot] < 0).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class TrialMeasures:
+    """The measures of one trial, derived from its epoch records (METRICS.md, "Of one trial")."""
+
+    best_valid_loss: float | None
+    final_valid_loss: float | None
+    mean_valid_loss: float | None
+    train_loss: float | None
+    diverged: bool
+    diverged_at_step: int | None
+    contraction: float | None
+    oscillation: float | None
+    spikes: int
+    layer_grad_ratio: float | None
+    best_metrics: Mapping[str, float]
+    final_metrics: Mapping[str, float]
+    initial_valid_loss: float | None
+    initial_metrics: Mapping[str, float]
+    epochs: int
+    steps: int
+    seconds: float
+
+
+def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialMeasures:
+    """Derive a trial's measures from its records in order, the untrained epoch 0 first.
+
+    A diverged trial's missing epochs count as its initial loss in `mean_valid_loss`; a trial that was pruned
+    has none. The best of a metric is its value at the epoch of the best validation loss, so that the numbers
+    shown together belong to one model.
+    """
+    if not records or records[0].epoch != 0:
+        raise ValueError("records start with epoch 0, the untrained model")
+    initial = records[0].valid_loss
+    trained = records[1:]
+    last = records[-1]
+    diverged = last.diverged_at_step is not None
+    usable = [r for r in trained if r.valid_loss is not None and r.diverged_at_step is None]
+    losses = [r.valid_loss for r in usable if r.valid_loss is not None]
+    best = min(usable, key=lambda r: r.valid_loss if r.valid_loss is not None else math.inf, default=None)
+    mean = None
+    if diverged and initial is not None:
+        mean = (sum(losses) + initial * (budget_epochs - len(losses))) / budget_epochs
+    elif len(losses) == budget_epochs:
+        mean = sum(losses) / budget_epochs
+    steps = np.diff([r.step for r in records]).astype(np.float64)
+    waves = [(r.oscillation, n) for r, n in zip(trained, steps, strict=True) if r.oscillation is not None]
+    counted = sum(n for _, n in waves)
+    return TrialMeasures(
+        best_valid_loss=best.valid_loss if best else None,
+        final_valid_loss=None if diverged else last.valid_loss,
+        mean_valid_loss=mean,
+        train_loss=None if diverged else last.train_loss,
+        diverged=diverged,
+        diverged_at_step=last.diverged_at_step,
+        contraction=None if diverged else contraction(records),
+        oscillation=float(sum(o * n for o, n in waves) / counted) if counted else None,
+        spikes=sum(r.spikes or 0 for r in trained),
+        layer_grad_ratio=mean_or_none(
+            np.array([r.layer_grad_ratio for r in trained if r.layer_grad_ratio is not None])
+        ),
+        best_metrics=dict(best.metrics) if best else {},
+        final_metrics={} if diverged else dict(last.metrics),
+        initial_valid_loss=initial,
+        initial_metrics=dict(records[0].metrics),
+        epochs=last.epoch,
+        steps=last.step,
+        seconds=sum(r.seconds or 0.0 for r in trained),
+    )
+
+
+def contraction(records: Sequence[EpochRecord]) -> float | None:
+    """(dist_T / dist_t0)^(1/(T - t0)) with t0 = T/2: the rate per step without the transient.
+
+    t0 is the last record at or before half of the steps. None without a known optimum, or once a distance is 0.
+    """
+    last = records[-1]
+    half = [r for r in records if r.step <= last.step / 2]
+    if not half or last.step == 0:
+        return None
+    start = half[-1]
+    if not last.distance or not start.distance:
+        return None
+    return float((last.distance / start.distance) ** (1.0 / (last.step - start.step)))
+
+
+def steps_to_target(
+    records: Sequence[EpochRecord], target: float, metric: str = "valid_loss", maximize: bool = False
+) -> float | None:
+    """First step at which `metric` reaches `target`, linear between the two evaluations around it.
+
+    None if it is never reached. Evaluations with a missing value are passed over.
+    """
+    sign = -1.0 if maximize else 1.0
+    before: tuple[float, float] | None = None
+    for record in records:
+        value = record.value(metric)
+        if value is None:
+            continue
+        gap = sign * (value - target)
+        if gap <= 0.0:
+            if before is None:
+                return float(record.step)
+            step, gap_before = before
+            return step + (record.step - step) * gap_before / (gap_before - gap)
+        before = (float(record.step), gap)
+    return None
+
+
+def objective_value(measures: TrialMeasures, metric: str) -> float | None:
+    """The value Optuna is told for a trial that ran its budget or diverged.
+
+    `valid_loss` means the best over the epochs, any other `valid_<metric>` its value at that epoch. A diverged trial
+    is worth what the untrained model was, so that the sampler learns from it and no ranking rewards it; its
+    contraction is 1.
+    """
+    if metric in {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"}:
+        if measures.diverged:
+            return measures.initial_valid_loss
+        name = "best_valid_loss" if metric == "valid_loss" else metric
+        value: float | None = getattr(measures, name)
+        return value
+    if metric == "contraction":
+        return 1.0 if measures.diverged else measures.contraction
+    found = measures.initial_metrics if measures.diverged else measures.best_metrics
+    return found.get(metric.removeprefix("valid_"))

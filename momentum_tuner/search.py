@@ -1,0 +1,214 @@
+"""Optuna decides: which settings to try (sampler), which trials to stop (pruner). Nothing else of it is used.
+
+Each optimizer of a study has its own Optuna study `<study>/<optimizer>` in the same database, so that Optuna's own
+client and dashboard read it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from momentum_tuner.database import Database, engine_options, tune_sqlite
+from momentum_tuner.space import distributions, grid, settings
+from momentum_tuner.spec import StudySpec
+
+logger = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+TICKET = "ticket"
+"""User attribute of every Optuna trial: the ticket it belongs to."""
+
+
+@dataclass(frozen=True)
+class AskedTrial:
+    """A trial as Optuna knows it, with all hyperparameters of its optimizer."""
+
+    trial_id: int
+    number: int
+    settings: Mapping[str, Any]
+
+
+class Search:
+    """The Optuna studies of one study, one for each optimizer.
+
+    Args:
+        database: where they live, beside our own tables.
+        spec: the study.
+        worker_seed: makes the samplers of several workers draw different points.
+    """
+
+    def __init__(self, database: Database, spec: StudySpec, worker_seed: int = 0) -> None:
+        self.spec = spec
+        self._backend = open_storage(database)
+        self._storage = optuna.storages.get_storage(self._backend)  # finished trials are kept in memory
+        self._worker_seed = worker_seed
+        self._studies = {optimizer: self._open(optimizer) for optimizer in spec.optimizers}
+        self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.optimizers}
+
+    def ask(self, optimizer: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
+        """A new trial for a ticket, or the one that a worker asked for and could not note before it died.
+
+        Args:
+            optimizer: whose study is asked.
+            ticket_id: written on the trial as it is created, so that no trial is ever without its ticket.
+            fixed: Optuna parameters set in advance; the sampler is not asked.
+        """
+        study = self._studies[optimizer]
+        space = self._distributions[optimizer]
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(fixed or {}),
+            distributions={name: space[name] for name in fixed or {}},
+            user_attrs={TICKET: ticket_id},
+        )
+        trial_id = self._storage.create_new_trial(self._study_id(optimizer), template)
+        return self._suggest(study, optimizer, trial_id)
+
+    def recall(self, optimizer: str, ticket_id: int) -> AskedTrial | None:
+        """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
+        study = self._studies[optimizer]
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.user_attrs.get(TICKET) == ticket_id:
+                return self._suggest(study, optimizer, frozen._trial_id)
+        return None
+
+    def report(self, optimizer: str, trial_id: int, epoch: int, value: float) -> None:
+        """Report the objective's value at a rung."""
+        self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+
+    def should_prune(self, optimizer: str, trial_id: int) -> bool:
+        """Whether the pruner stops the trial at its last report."""
+        study = self._studies[optimizer]
+        return study.pruner.prune(study, self._storage.get_trial(trial_id))
+
+    def tell(self, optimizer: str, trial_id: int, outcome: str, value: float | None) -> None:
+        """Finish a trial; telling it again changes nothing.
+
+        A diverged trial is complete with the value of the untrained model, so that the sampler learns from it.
+        """
+        study = self._studies[optimizer]
+        if outcome == "failed" or (value is None and outcome != "pruned"):
+            state, values = TrialState.FAIL, None
+        elif outcome == "pruned":
+            state, values = TrialState.PRUNED, None
+        else:
+            state, values = TrialState.COMPLETE, value
+        number = self._storage.get_trial_number_from_id(trial_id)
+        study.tell(number, values=values, state=state, skip_if_finished=True)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._backend.remove_session()
+        self._backend.engine.dispose()
+
+    def _study_id(self, optimizer: str) -> int:
+        return self._storage.get_study_id_from_name(study_name(self.spec.name, optimizer))
+
+    def _suggest(self, study: optuna.Study, optimizer: str, trial_id: int) -> AskedTrial:
+        trial = optuna.Trial(study, trial_id)
+        params: dict[str, Any] = {}
+        for name, distribution in self._distributions[optimizer].items():
+            params[name] = _suggest_one(trial, name, distribution)
+        return AskedTrial(trial_id, trial.number, settings(self.spec, optimizer, params))
+
+    def _open(self, optimizer: str) -> optuna.Study:
+        return optuna.create_study(
+            storage=self._storage,
+            study_name=study_name(self.spec.name, optimizer),
+            direction=self.spec.objective.direction,
+            sampler=make_sampler(self.spec, self._worker_seed),
+            pruner=make_pruner(self.spec),
+            load_if_exists=True,
+        )
+
+
+def study_name(study: str, optimizer: str) -> str:
+    """The name of an optimizer's Optuna study."""
+    return f"{study}/{optimizer}"
+
+
+def open_storage(database: Database) -> Any:
+    """Optuna's storage on the same database, with one connection and our timeouts."""
+    storage = optuna.storages.RDBStorage(database.text, engine_kwargs=engine_options(database.url, 1))
+    tune_sqlite(storage.engine)
+    return storage
+
+
+def make_sampler(spec: StudySpec, worker_seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a study file. Designs (grid, qmc) are drawn in advance and need none."""
+    seed = (spec.seed * 1_000_003 + worker_seed) % 2**31
+    match spec.sampler.name:
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        case _:
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
+    """The pruner of a study file; it sees reports at the rungs of `StudySpec.rungs`."""
+    pruner = spec.pruner
+    match pruner.name:
+        case "successive_halving":
+            return optuna.pruners.SuccessiveHalvingPruner(pruner.min_epochs, pruner.reduction_factor)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(pruner.min_epochs, spec.budget.epochs, pruner.reduction_factor)
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0)
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+def design(spec: StudySpec, optimizer: str) -> Sequence[Mapping[str, Any]] | None:
+    """Optuna parameters of all trials, in order, where they do not depend on results; None to ask the sampler.
+
+    A grid's or a low-discrepancy sequence's points belong to tickets, so that they are drawn once whatever the
+    number of workers and whoever dies.
+    """
+    space = distributions(spec, optimizer)
+    if not space:
+        return [{} for _ in range(spec.budget.trials)]
+    if spec.sampler.name == "grid":
+        return grid(spec, optimizer)
+    if spec.sampler.name != "qmc":
+        return None
+    sampler = optuna.samplers.QMCSampler(seed=spec.seed, scramble=True, warn_independent_sampling=False)
+    study = optuna.create_study(sampler=sampler)
+    points: list[Mapping[str, Any]] = []
+    # Optuna's QMC sampler draws its first trial at random, to learn the space; the sequence begins after it.
+    study.tell(study.ask(space), 0.0)
+    for _ in range(spec.budget.trials):
+        trial = study.ask(space)
+        points.append(dict(trial.params))
+        study.tell(trial, 0.0)
+    return points
+
+
+def delete_optuna_studies(database: Database, spec: StudySpec) -> None:
+    """Remove the study's Optuna studies, those of its confirmation too."""
+    storage = open_storage(database)
+    for frozen in storage.get_all_studies():
+        if frozen.study_name.startswith(f"{spec.name}/"):
+            storage.delete_study(frozen._study_id)
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def _suggest_one(trial: optuna.Trial, name: str, distribution: optuna.distributions.BaseDistribution) -> Any:
+    match distribution:
+        case optuna.distributions.FloatDistribution():
+            return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+        case optuna.distributions.IntDistribution():
+            return trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
+        case optuna.distributions.CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+    raise TypeError(f"unknown distribution {distribution!r}")

@@ -1,0 +1,62 @@
+"""What is trained: `Task`, the tasks built in, and the loader of a study file's `task.factory`.
+
+Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
+    from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
+    from momentum_tuner.tasks.loader import load_task, trust_of
+    from momentum_tuner.tasks.task import Task, check_task
+
+__all__ = [
+    "BUILT_IN",
+    "Task",
+    "check_task",
+    "digits_cnn",
+    "digits_mlp",
+    "digits_rnn",
+    "double_well",
+    "load_task",
+    "quadratic",
+    "rosenbrock",
+    "trust_of",
+]
+
+BUILT_IN: Mapping[str, str] = MappingProxyType(
+    {
+        "quadratic": "momentum_tuner.tasks.landscapes:quadratic",
+        "rosenbrock": "momentum_tuner.tasks.landscapes:rosenbrock",
+        "double_well": "momentum_tuner.tasks.landscapes:double_well",
+        "digits_mlp": "momentum_tuner.tasks.digits:digits_mlp",
+        "digits_cnn": "momentum_tuner.tasks.digits:digits_cnn",
+        "digits_rnn": "momentum_tuner.tasks.digits:digits_rnn",
+    }
+)
+"""The built-in tasks by name, `momentum_tuner.tasks:<name>` in a study file, and where each is defined."""
+
+_EXPORTS = {
+    **BUILT_IN,
+    "Task": "momentum_tuner.tasks.task:Task",
+    "check_task": "momentum_tuner.tasks.task:check_task",
+    "load_task": "momentum_tuner.tasks.loader:load_task",
+    "trust_of": "momentum_tuner.tasks.loader:trust_of",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _EXPORTS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

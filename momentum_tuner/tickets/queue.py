@@ -1,0 +1,227 @@
+"""The queue of tickets: claim, adopt, fence, record, finish. Each function is one transaction.
+
+A ticket goes `open -> running -> finishing -> done`. Whoever writes to a ticket shows its worker and generation: the
+fence. A worker that lost its ticket (another one adopted it) is told so and discards what it computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from momentum_tuner.database import Database, Epoch, Ticket, Worker, database_now, insert_new
+from momentum_tuner.metrics import EpochRecord
+from momentum_tuner.worker_options import GRACE_SECONDS
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A ticket that a worker holds.
+
+    Attributes:
+        ticket_id: the ticket.
+        worker_id: who holds it.
+        generation: how often it has been claimed; with the worker, the fence.
+        optimizer: whose trial it is.
+        kind: `search` or `confirm`.
+        seed: the trial's seed.
+        fixed: Optuna parameters set in advance, or None.
+        trial_id: Optuna's id of the trial, None until it is asked for.
+        trial_number: its number in Optuna's study.
+        settings: all hyperparameters, once asked for.
+        outcome: set if a worker died between the decision and telling Optuna: only that is left to do.
+        value: the value to tell then.
+        checkpoint: where the trial can be continued from.
+    """
+
+    ticket_id: int
+    worker_id: str
+    generation: int
+    optimizer: str
+    kind: str
+    seed: int
+    fixed: Mapping[str, Any] | None
+    trial_id: int | None
+    trial_number: int | None
+    settings: Mapping[str, Any] | None
+    outcome: str | None
+    value: float | None
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a trial.
+
+    Attributes:
+        outcome: `complete`, `pruned`, `diverged` or `failed`.
+        value: the objective's value, None for failed trials.
+        measures: final measures for people to see.
+        reason: why it failed.
+    """
+
+    outcome: str
+    value: float | None = None
+    measures: Mapping[str, Any] | None = None
+    reason: str | None = None
+
+
+def claim(
+    database: Database,
+    study_id: int,
+    worker_id: str,
+    limit: int,
+    *,
+    max_attempts: int,
+    grace_seconds: float = GRACE_SECONDS,
+) -> list[Claim]:
+    """Claim up to `limit` tickets: open ones in their order, and those of workers that stopped answering.
+
+    A ticket that has used up its attempts comes back with the outcome `failed`, to be told to Optuna.
+    """
+    if limit <= 0:
+        return []
+    with database.write() as session:
+        now = session.scalar(sa.select(database_now()))
+        assert now is not None
+        gone = sa.select(Worker.id).where(sa.or_(Worker.state == "stopped", Worker.heartbeat < now - grace_seconds))
+        free = sa.or_(
+            Ticket.state == "open",
+            sa.and_(Ticket.state.in_(("running", "finishing")), Ticket.worker_id.in_(gone)),
+        )
+        rows = session.scalars(
+            sa.select(Ticket)
+            .where(Ticket.study_id == study_id, free)
+            .order_by(Ticket.queue_order)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        ).all()
+        for row in rows:
+            if row.state != "finishing" and row.attempts >= max_attempts:
+                row.state, row.outcome = "finishing", "failed"
+                row.reason = f"gave up after {row.attempts} attempts: each worker that trained it died"
+            elif row.state != "finishing":
+                row.state = "running"
+                row.attempts += 1
+            row.worker_id = worker_id
+            row.generation += 1
+            row.started_at = row.started_at or now
+        return [_claim(row, worker_id) for row in rows]
+
+
+def set_trials(database: Database, claims: Sequence[Claim], slots: Sequence[int]) -> list[Claim]:
+    """Note the Optuna trial, settings and slot of claimed tickets; returns those that are still held."""
+    with database.write() as session:
+        held = _held(session, claims, ("running",))
+        kept = [(c, slot) for c, slot in zip(claims, slots, strict=True) if c.ticket_id in held]
+        for kept_claim, slot in kept:
+            row = held[kept_claim.ticket_id]
+            row.trial_id, row.trial_number = kept_claim.trial_id, kept_claim.trial_number
+            row.settings, row.slot = dict(kept_claim.settings or {}), slot
+    return [c for c, _ in kept]
+
+
+def record_epochs(database: Database, records: Iterable[tuple[Claim, EpochRecord]]) -> set[int]:
+    """Write epoch rows in bulk; returns the ids of the tickets that are still held.
+
+    Rows that are there already (a trial that repeats what came after its last checkpoint) stay as they are.
+    """
+    pairs = list(records)
+    if not pairs:
+        return set()
+    with database.write() as session:
+        held = _held(session, [c for c, _ in pairs], ("running",))
+        now = session.scalar(sa.select(database_now()))
+        rows = [
+            dict(asdict(record), metrics=dict(record.metrics), ticket_id=c.ticket_id, recorded_at=now)
+            for c, record in pairs
+            if c.ticket_id in held
+        ]
+        if rows:
+            session.execute(insert_new(database.dialect, Epoch), rows)
+        return set(held)
+
+
+def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) -> list[tuple[Claim, Result]]:
+    """`running -> finishing` with the result, before Optuna is told; returns those whose ticket was still held."""
+    with database.write() as session:
+        held = _held(session, [c for c, _ in results], ("running",))
+        kept = [(c, result) for c, result in results if c.ticket_id in held]
+        for kept_claim, result in kept:
+            row = held[kept_claim.ticket_id]
+            row.state, row.outcome = "finishing", result.outcome
+            row.value, row.reason = result.value, result.reason
+            row.measures = dict(result.measures) if result.measures is not None else None
+        return kept
+
+
+def end_finish(database: Database, claims: Sequence[Claim]) -> None:
+    """`finishing -> done`, after Optuna was told."""
+    with database.write() as session:
+        now = session.scalar(sa.select(database_now()))
+        for row in _held(session, claims, ("finishing",)).values():
+            row.state, row.finished_at = "done", now
+
+
+def give_back(database: Database, claims: Sequence[Claim]) -> None:
+    """Return running tickets to the queue at a drain; that is not an attempt that failed."""
+    with database.write() as session:
+        for row in _held(session, claims, ("running",)).values():
+            row.state, row.worker_id, row.slot = "open", None, None
+            row.attempts = max(0, row.attempts - 1)
+
+
+def read_epochs(database: Database, ticket_id: int) -> list[EpochRecord]:
+    """The recorded epochs of a trial, in order."""
+    with database.read() as session:
+        rows = session.scalars(sa.select(Epoch).where(Epoch.ticket_id == ticket_id).order_by(Epoch.epoch))
+        return [epoch_record(row) for row in rows]
+
+
+def epoch_record(row: Epoch) -> EpochRecord:
+    """A row of the table as the record it was made from."""
+    return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
+
+
+def _held(session: Session, claims: Sequence[Claim], states: Sequence[str]) -> dict[int, Ticket]:
+    """The fence: rows of these claims that are in one of the states under the same worker and generation."""
+    if not claims:
+        return {}
+    generation = {c.ticket_id: c.generation for c in claims}
+    rows = session.scalars(
+        sa.select(Ticket)
+        .where(
+            Ticket.id.in_(list(generation)),
+            Ticket.worker_id.in_({c.worker_id for c in claims}),
+            Ticket.state.in_(states),
+        )
+        .with_for_update()
+    )
+    return {row.id: row for row in rows if row.generation == generation[row.id]}
+
+
+def _claim(row: Ticket, worker_id: str) -> Claim:
+    return Claim(
+        ticket_id=row.id,
+        worker_id=worker_id,
+        generation=row.generation,
+        optimizer=row.optimizer,
+        kind=row.kind,
+        seed=row.seed,
+        fixed=row.fixed,
+        trial_id=row.trial_id,
+        trial_number=row.trial_number,
+        settings=row.settings,
+        outcome=row.outcome if row.state == "finishing" else None,
+        value=row.value,
+        checkpoint=row.checkpoint,
+    )
+
+
+def with_trial(held: Claim, trial_id: int, number: int, settings: Mapping[str, Any]) -> Claim:
+    """The claim once its Optuna trial is known."""
+    return replace(held, trial_id=trial_id, trial_number=number, settings=settings)

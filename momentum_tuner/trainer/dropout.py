@@ -1,0 +1,103 @@
+"""Dropout whose mask depends on the trial alone, never on its slot or its neighbours.
+
+vmap can draw random numbers only for the whole batch of slots at once, so that a trial's mask would depend on
+where it sits. Here the mask is a hash of a key (the trial's seed, epoch and step), the number of the call within the
+forward pass, and the position: the same trial drops the same units in any batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+_MASK = (1 << 64) - 1
+# Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit integers, which is what torch has.
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(value: Tensor) -> Tensor:
+    """splitmix64's finalizer over int64; the arithmetic right shift is made logical by a mask."""
+    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
+    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
+    return value ^ ((value >> 31) & ((1 << 33) - 1))
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers, well spread (splitmix64 chained)."""
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK) + _GOLDEN) & _MASK
+        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
+        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def step_keys(seeds: list[tuple[int, int]], steps: int) -> NDArray[np.int64]:
+    """Keys `[steps, slots]` for slots that train `(seed, epoch)`."""
+    return np.array([[mix_seed(seed, epoch, step) for seed, epoch in seeds] for step in range(steps)], dtype=np.int64)
+
+
+class _Calls:
+    """Counts the dropout calls of one forward pass."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+
+class KeyedDropout(nn.Module):
+    """Stands in for `nn.Dropout` and its channel-wise forms; `key` is set for each step by the trainer.
+
+    Args:
+        p: probability of dropping.
+        channelwise: drop whole channels, as `nn.Dropout2d` does.
+        calls: the counter that all layers of a model share.
+    """
+
+    key: Tensor
+
+    def __init__(self, p: float, channelwise: bool, calls: _Calls) -> None:
+        super().__init__()
+        self.p = p
+        self.channelwise = channelwise
+        self.calls = calls
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` with each element (or channel) dropped with probability p, the rest scaled by 1/(1 - p)."""
+        if not self.training or self.p == 0.0:
+            return x
+        if self.p >= 1.0:
+            return torch.zeros_like(x)
+        call = self.calls.made
+        self.calls.made += 1
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
+        count = int(np.prod(shape))
+        index = torch.arange(1, count + 1, device=x.device, dtype=torch.int64) * _signed(_GOLDEN)
+        bits = _mix(_mix(self.key + _signed((call + 1) * _SECOND)) + index)
+        keep = ((bits >> 11) & ((1 << 53) - 1)) >= int(self.p * (1 << 53))
+        return x * keep.view(shape).to(x.dtype) / (1.0 - self.p)
+
+
+def key_dropout(model: nn.Module) -> tuple[list[str], _Calls]:
+    """Replace the model's dropout layers by `KeyedDropout`; return the names of their key buffers and the counter."""
+    calls = _Calls()
+    names: list[str] = []
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if type(child) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+                assert isinstance(child, nn.modules.dropout._DropoutNd)
+                keyed = KeyedDropout(child.p, type(child) is not nn.Dropout, calls)
+                keyed.train(child.training)
+                setattr(module, child_name, keyed)
+                names.append(f"{name}.{child_name}.key" if name else f"{child_name}.key")
+    return names, calls
