@@ -40,8 +40,8 @@ from momentum_tuner.tickets import (
     stop_worker,
     with_trial,
 )
-from momentum_tuner.worker_options import WorkerOptions
 from momentum_tuner.trainer import ScheduleSettings, Trainer, TrialSettings
+from momentum_tuner.worker_options import WorkerOptions
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from momentum_tuner import Task
 from momentum_tuner.errors import TaskError
+from momentum_tuner.spec import load_study
 from momentum_tuner.tasks import BUILT_IN, check_task, load_task, trust_of
 
 torch.set_num_threads(1)
@@ -103,6 +104,7 @@ def trap(folder, monkeypatch):
         ("momentum_tuner.tasks:import_module", "is not a built-in task; momentum_tuner.tasks has: quadratic, "),
         ("momentum_tuner.tasks.loader:load_task", "is not a built-in task"),
         ("momentum_tuner.tasks.hostile:build", "is not a built-in task"),
+        ("momentum_tuner.tasks.digits:digits_mlp", "is not a built-in task (did you mean 'digits_mlp'?)"),
         ("momentum_tuner.tasks:digits_mpl", "is not a built-in task (did you mean 'digits_mlp'?); "),
         ("momentum_tuner.tasks2:build", "is not trusted: add --trust momentum_tuner.tasks2 if it is yours"),
         ("hostile", "must be package.module:function or file.py:function"),
@@ -256,7 +258,8 @@ def test_any_file_name_will_do(folder, name):
     assert sys.modules["os"] is os
 
 
-def test_a_file_that_changed_is_loaded_anew_even_within_a_second(folder):
+def test_a_file_that_changed_is_loaded_anew_even_within_a_second(folder, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for width in (3, 4, 5):
         file = _write(folder / "my_task.py", TASK.replace("width: int = 3", f"width: int = {width}"))
         os.utime(file, (1_000_000_000, 1_000_000_000))
@@ -361,10 +364,12 @@ def test_the_studys_folder_comes_before_the_working_directory(folder):
     assert load_task("both:build", {}, base=folder, trusted=["both"]).model().in_features == 8
 
 
-def test_an_installed_module_is_not_shadowed_by_the_studys_folder(folder, trap):
-    _write(folder / "json.py", f"open({str(trap)!r}, 'a').close()")
-    assert "json/__init__.py has no 'build'" in _refusal("json:build", base=folder, trusted=["json"])
-    assert not trap.exists()
+def test_an_installed_module_is_not_shadowed_by_the_studys_folder(folder, monkeypatch):
+    _write(folder / "colorsys.py")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    refused = _refusal("colorsys:build", base=folder, trusted=["colorsys"])
+    assert refused.endswith("colorsys.py has no 'build'")
+    assert str(folder) not in refused
 
 
 def test_modules_of_one_name_in_two_folders_do_not_mix(folder):
@@ -382,6 +387,24 @@ def test_loading_forgets_no_module_that_came_from_elsewhere(folder):
         _load_file(folder)
     assert sys.modules["sklearn"] is sklearn
     assert sys.modules["momentum_tuner.tasks.task"].Task is Task
+
+
+def test_a_source_checkout_that_is_the_working_directory_is_not_loaded_twice(tmp_path):
+    _write(tmp_path / "my_task.py", "import momentum_tuner.tasks.landscapes\n" + TASK)
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(STUDIES.parent)!r})\n"
+        "from pathlib import Path\n"
+        "from momentum_tuner.tasks.loader import load_task\n"
+        f"del sys.path[0]; os.chdir({str(STUDIES.parent)!r})\n"
+        f"base = Path({str(tmp_path)!r})\n"
+        "seen = []\n"
+        "for _ in range(2):\n"
+        "    load_task('my_task.py:build', {}, base=base, trusted=[str(base / 'my_task.py')])\n"
+        "    seen.append(sys.modules['momentum_tuner.tasks.landscapes'])\n"
+        "print(seen[0] is seen[1])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_a_missing_module_is_named_with_where_it_was_sought(folder):
@@ -475,13 +498,19 @@ def _study(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_file_is_valid(path):
+    spec = load_study(path)
+    assert spec.name == path.stem
+    assert spec.task.factory == _study(path)["task"]["factory"]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_names_a_task_that_can_be_trained(path):
     study = _study(path)
     factory = study["task"]["factory"]
     entry = trust_of(factory, path.parent)
     task = load_task(factory, study["task"]["params"], base=path.parent, trusted=[entry] if entry else [])
     check_task(task)
-    assert study["name"] == path.stem
     if task.train is None:
         torch.manual_seed(0)
         first = nn.utils.parameters_to_vector(task.model().parameters())

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import momentum_tuner
+import momentum_tuner.tasks.task as task_module
 from momentum_tuner import tasks
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import (
@@ -245,6 +247,14 @@ def test_what_the_users_code_raises_is_placed_in_the_users_file_not_in_torch():
     assert str(caught.value).endswith(f"({__file__}:{line})")
 
 
+def test_a_task_that_is_itself_installed_is_placed_in_its_own_file_too(monkeypatch):
+    monkeypatch.setattr(task_module, "_INSTALLED", (*task_module._INSTALLED, Path(__file__).parent))
+    with pytest.raises(TaskError) as caught:
+        check_task(_task(model=lambda: nn.Linear(4, 1)))
+    line = _mean_square.__code__.co_firstlineno + 1
+    assert str(caught.value).endswith(f"({__file__}:{line})")
+
+
 def test_an_iterable_that_yields_nothing_is_refused():
     class Nothing(IterableDataset):
         def __iter__(self):
@@ -296,7 +306,7 @@ def test_the_gradient_of_the_quadratic_is_eigenvalues_times_theta(spectrum):
 
 
 @pytest.mark.parametrize("spectrum", ["log", "linear", "ends"])
-@pytest.mark.parametrize("kappa", [1.0, 10.0, 1e6 / 3])
+@pytest.mark.parametrize("kappa", [1.0, 2.8, 10.0, 1e6 / 3])
 def test_both_ends_of_the_quadratics_spectrum_are_exact(spectrum, kappa):
     eigenvalues = quadratic(dim=5, kappa=kappa, smallest=0.3, spectrum=spectrum).model().eigenvalues
     assert eigenvalues.dtype == torch.float64

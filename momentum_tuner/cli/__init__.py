@@ -57,7 +57,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="momentum-tuner", prog_name="momentum-tuner")
 def cli() -> None:
-    """Which of SGD, momentum and Nesterov trains your PyTorch model fastest and most stably, and at which settings.
+    r"""Which of SGD, momentum and Nesterov trains your PyTorch model fastest and most stably, and at which settings.
 
     \b
     momentum-tuner run studies/digits-mlp.yaml     tune on real images, about a minute

@@ -61,7 +61,7 @@ def worker_options(command: Command) -> Command:
             metavar="N|auto",
             default="auto",
             show_default=True,
-            help="Worker processes on this machine; auto is one per GPU, or one on the CPU.",
+            help="Worker processes on this machine; auto is one per GPU, or one per CPU core up to 8.",
         ),
         click.option("-v", "--verbose", is_flag=True, help="Say more about what workers do."),
         tracking_option,

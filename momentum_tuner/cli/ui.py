@@ -35,8 +35,20 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
                 f"there is no MLflow store {uri} yet; run a study first, or name another --tracking-uri"
             )
         commands.append(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-            + ["--host", host, "--port", str(port), "--workers", "1"]
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                "--backend-store-uri",
+                uri,
+                "--host",
+                host,
+                "--port",
+                str(port),
+                "--workers",
+                "1",
+            ]
         )
         click.echo(f"MLflow: http://{host}:{port}")
     if dashboard:

@@ -5,7 +5,6 @@ from momentum_tuner.database.engine import (
     Database,
     engine_options,
     insert_new,
-    redact,
     tune_sqlite,
 )
 from momentum_tuner.database.migrate import migrate

@@ -1,4 +1,7 @@
-"""The tables. Optuna has a table `studies` of its own beside them, so ours is `tuner_studies`. Times are seconds since 1970 by the database's clock, as floats."""
+"""The tables. Times are seconds since 1970 by the database's clock, as floats.
+
+Optuna has a table `studies` of its own beside them, so ours is `tuner_studies`.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,7 @@ class Calibration(Base):
     measured_at: Mapped[float]
 
 
-class database_now(FunctionElement[float]):  # noqa: N801  # an SQL function's name
+class database_now(FunctionElement[float]):  # an SQL function's name
     """The database's clock, in seconds since 1970."""
 
     type = Float(53)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from momentum_tuner.errors import DeviceError, InputError
 
+MOST_CPU_WORKERS = 8
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -21,8 +23,9 @@ class Placement:
 def plan_workers(workers: str, device: str) -> list[Placement]:
     """A placement for each worker.
 
-    `--workers auto` is one worker per GPU, or one on the CPU. Several workers share the devices in turn, and those on
-    the CPU share its cores.
+    `--workers auto` is one worker per GPU, or one per CPU core up to 8: a worker with several threads waits at every
+    operation for the slowest of them, and any other busy process makes that wait long. Several workers share the
+    devices in turn, and those on the CPU divide its cores among them.
 
     Args:
         workers: `auto` or a number.
@@ -33,13 +36,13 @@ def plan_workers(workers: str, device: str) -> list[Placement]:
         DeviceError: the device is unknown or not on this machine.
     """
     devices = resolve_devices(device)
+    cores = available_cores()
     if workers == "auto":
-        count = len(devices)
+        count = min(cores, MOST_CPU_WORKERS) if devices == ["cpu"] else len(devices)
     elif workers.isdecimal() and int(workers) > 0:
         count = int(workers)
     else:
         raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
-    cores = available_cores()
     on_cpu = count if devices == ["cpu"] else 0
     threads = max(1, cores // on_cpu) if on_cpu else None
     return [Placement(devices[i % len(devices)], threads) for i in range(count)]

@@ -43,7 +43,10 @@ def main() -> int:
 
 
 def _work(order: dict[str, object]) -> int:
-    from momentum_tuner.worker import StopSignal, WorkerOptions, run_worker
+    from pydantic import TypeAdapter
+
+    from momentum_tuner.worker import StopSignal, run_worker
+    from momentum_tuner.worker_options import WorkerOptions
 
     stop = StopSignal()
     stop.install()
@@ -53,9 +56,7 @@ def _work(order: dict[str, object]) -> int:
         stop.asked = True
 
     threading.Thread(target=watch_parent, name="parent", daemon=True).start()
-    values = order["options"]
-    assert isinstance(values, dict)
-    options = WorkerOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    options = TypeAdapter(WorkerOptions).validate_python(order["options"])
     run_worker(str(order["storage"]), options, stop)
     return 0
 

@@ -190,7 +190,7 @@ class SamplerSpec(Section):
         if not isinstance(document, Mapping):
             return handler(document)
         if document.get("name") == "grid":
-            return handler({"points": 8, **document})
+            return handler({**document, "points": 8} if document.get("points") is None else document)
         mistakes = []
         if document.get("points") is not None and document.get("name", "tpe") in list(SAMPLERS):
             mistakes.append(mistake(("points",), "only the grid sampler has points; leave it out"))

@@ -66,7 +66,7 @@ class Layout:
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The parameters by name as views of a row `[parameters]`."""
-        pieces = torch.split(row, self.sizes)
+        pieces = torch.split(row, list(self.sizes))
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, model: nn.Module) -> Tensor:

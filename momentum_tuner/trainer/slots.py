@@ -22,7 +22,7 @@ from momentum_tuner.metrics import (
     finite,
     summarize_steps,
 )
-from momentum_tuner.optim import RULES, Rule, Schedule, clip_scale, lookahead_point
+from momentum_tuner.optim import OPTIONAL_HYPERPARAMETERS, RULES, Rule, Schedule, clip_scale, lookahead_point
 from momentum_tuner.trainer.data import Source
 from momentum_tuner.trainer.dropout import step_keys
 from momentum_tuner.trainer.objective import Objective
@@ -34,7 +34,7 @@ class TrialSettings:
 
     Attributes:
         optimizer: a name of `catalog.OPTIMIZERS`.
-        hyperparameters: values by name: `learning_rate`, `momentum`, ...; those missing are at their rule's neutral value.
+        hyperparameters: `learning_rate`, `momentum`, ... by name; those missing are at their neutral value.
         batch_size: examples per step (of no effect for iterables and landscapes).
         seed: fixes the initial weights and the data order.
     """
@@ -176,7 +176,7 @@ class SlotBatch:
         ]
 
     def evaluate(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Validation loss and metrics `[slots, 1 + metrics]`, and distance to the optimum `[slots]` (NaN if unknown)."""
+        """Validation loss and metrics `[slots, 1 + metrics]`, distance to the optimum `[slots]` (NaN if unknown)."""
         return evaluate(self.objective, self._rows, self._buffers, self.optimum)
 
     def _state(self, index: int) -> SlotState:
@@ -192,12 +192,12 @@ class SlotBatch:
         return torch.tensor(values, dtype=self._rows.dtype, device=self._rows.device)
 
     def _constants(self, rule: Rule, start: int, stop: int) -> dict[str, Tensor]:
-        """Hyperparameters of a rule's slots as `[slots]` tensors; optional ones that all slots leave at 0 are left out."""
+        """Hyperparameters of a rule's slots, `[slots]` each; optional ones that all slots leave at 0 are left out."""
         values = {name: [slot.settings.value(name) for slot in self.slots[start:stop]] for name in rule.hyperparameters}
         return {
             name: self._column(column)
             for name, column in values.items()
-            if any(column) or name not in ("weight_decay", "dampening", "nesterov")
+            if any(column) or name not in OPTIONAL_HYPERPARAMETERS
         }
 
     def _scheduled(self, steps: int) -> tuple[Tensor, Tensor | None]:
@@ -298,7 +298,7 @@ class SlotBatch:
     def _gradient_norms(self, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Global gradient norm `[slots]`, and largest over smallest non-zero per-tensor RMS `[slots]`."""
         sizes = self.objective.layout.sizes
-        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in grads.split(sizes, dim=1)])
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in torch.split(grads, list(sizes), dim=1)])
         total = torch.linalg.vector_norm(norms, dim=0)
         if len(sizes) == 1:
             return total, torch.ones_like(total)
