@@ -71,19 +71,17 @@ def worker_options(command: Command) -> Command:
     return command
 
 
-def open_database(storage: str, *, create: bool = False) -> Database:
-    """The database, with its tables up to date.
+def open_database(storage: str) -> Database:
+    """An existing database, with its tables up to date.
 
     Raises:
-        StorageError: it is not reachable or, unless `create` is set, an SQLite file that is not there.
+        StorageError: it is not reachable, or an SQLite file that is not there.
     """
-    from pathlib import Path
-
     from momentum_tuner.database import Database, migrate
     from momentum_tuner.errors import StorageError
 
     database = Database(storage)
-    if not create and database.dialect == "sqlite" and not Path(database.url.database or "").exists():
+    if not database.exists():
         raise StorageError(
             f"there is no database {database.shown} yet; start a study with `momentum-tuner run STUDY.yaml`, "
             "or name another one with --storage"

@@ -53,6 +53,7 @@ def run(study_file: Path, **options: object) -> None:
 
     The same file again goes on where it stopped, or says that the study is complete.
     """
+    from momentum_tuner.database import Database
     from momentum_tuner.spec import load_study
     from momentum_tuner.tasks import trust_of
 
@@ -61,7 +62,7 @@ def run(study_file: Path, **options: object) -> None:
     folder = study_file.absolute().parent
     mine = trust_of(spec.task.factory, folder)
     trusted = (*arguments.trust, *([mine] if mine else []))
-    database = open_database(arguments.storage, create=True)
+    database = Database(arguments.storage)
     _work(arguments, database, spec.name, trusted, lambda: put_study(database, spec, folder, trusted))
 
 
@@ -83,13 +84,14 @@ def resume(name: str, **options: object) -> None:
 @storage_option
 def submit(study_file: Path, storage: str) -> None:
     """Put the study into the database and return; workers anywhere take it from there."""
+    from momentum_tuner.database import Database
     from momentum_tuner.spec import load_study
     from momentum_tuner.tasks import trust_of
 
     spec = load_study(study_file)
     folder = study_file.absolute().parent
     mine = trust_of(spec.task.factory, folder)
-    database = open_database(storage, create=True)
+    database = Database(storage)
     study = put_study(database, spec, folder, [mine] if mine else [])
     trials = spec.budget.trials * len(spec.optimizers)
     click.echo(f"Submitted {study.name}: {trials} trials ({', '.join(spec.optimizers)}) in {database.shown}.")
@@ -105,11 +107,16 @@ def worker(names: tuple[str, ...], forever: bool, **options: object) -> None:
     """Serve open studies from the database, oldest first, on any machine."""
     import random
 
+    from momentum_tuner.database import Database, migrate
     from momentum_tuner.tickets import find_study
 
     arguments = WorkerArguments(**options)  # type: ignore[arg-type]
     uri = parse_tracking_uri(arguments.tracking_uri)
-    database = open_database(arguments.storage, create=forever)
+    if forever:
+        database = Database(arguments.storage)
+        migrate(database)
+    else:
+        database = open_database(arguments.storage)
     for name in names:
         find_study(database, name)
     workers = _workers(arguments, database, names, arguments.trust, forever, random.randrange(1, 1_000_000), _say)
@@ -123,21 +130,38 @@ def worker(names: tuple[str, ...], forever: bool, **options: object) -> None:
 
 
 def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequence[str]) -> StudyRecord:
-    """Put a study into the database, or join the one there; a new one's task is loaded and checked before."""
-    from momentum_tuner.errors import StudyNotFoundError
-    from momentum_tuner.search import design
-    from momentum_tuner.tickets import find_study, submit_study
+    """Put a study into the database, or join the one there.
 
-    try:
-        find_study(database, spec.name)
-    except StudyNotFoundError:
+    A new one's task is loaded and checked before the database is touched.
+    """
+    from momentum_tuner.database import migrate
+    from momentum_tuner.search import design
+    from momentum_tuner.tickets import submit_study
+
+    if _known(database, spec.name) is None:
         from momentum_tuner.tasks import check_task, load_task
         from momentum_tuner.worker import check_objective
 
         task = load_task(spec.task.factory, spec.task.params, base=folder, trusted=trusted)
         check_task(task)
         check_objective(spec, task)
+    migrate(database)
     return submit_study(database, spec, str(folder), lambda optimizer: design(spec, optimizer))
+
+
+def _known(database: Database, name: str) -> StudyRecord | None:
+    """The study of that name, if the database exists and holds it."""
+    from momentum_tuner.database import migrate
+    from momentum_tuner.errors import StudyNotFoundError
+    from momentum_tuner.tickets import find_study
+
+    if not database.exists():
+        return None
+    migrate(database)
+    try:
+        return find_study(database, name)
+    except StudyNotFoundError:
+        return None
 
 
 def _work(
@@ -150,16 +174,13 @@ def _work(
     """Bring a study to its end with local workers, and show it."""
     from momentum_tuner.cli.progress import ProgressPage
     from momentum_tuner.cli.tables import best_table, console
-    from momentum_tuner.errors import StudyFailedError, StudyNotFoundError
-    from momentum_tuner.tickets import best_settings, find_study, study_progress
+    from momentum_tuner.errors import StudyFailedError
+    from momentum_tuner.tickets import best_settings, study_progress
 
     uri = parse_tracking_uri(arguments.tracking_uri)
     out = console()
-    try:
-        done = find_study(database, name).phase == "done"
-    except StudyNotFoundError:
-        done = False
-    if done:
+    known = _known(database, name)
+    if known is not None and known.phase == "done":
         study = submit_it()
         if study.phase == "done":
             out.print(f"Study {name} is complete.")

@@ -111,6 +111,10 @@ class Database:
         """`sqlite` or `postgresql`."""
         return self.url.get_backend_name()
 
+    def exists(self) -> bool:
+        """Whether there is something to connect to: always for a server, a file for SQLite."""
+        return self.dialect != "sqlite" or Path(self.url.database or "").exists()
+
     @property
     def text(self) -> str:
         """The URL with its password, for the libraries and child processes that connect by themselves."""

@@ -69,6 +69,7 @@ class LocalWorkers:
         self._say = say
         self._log_level = log_level
         self._stopping = False
+        self._drain_until: float | None = None
         self._publisher: _Child | None = None
         self._workers: list[_Child] = []
         self._plan = [
@@ -95,7 +96,12 @@ class LocalWorkers:
             self._write(self._publisher, {"studies": list(studies), "tracking_uri": tracking_uri})
 
     def watch(self) -> bool:
-        """Look after the workers once; True while any of them runs."""
+        """Look after the workers once; True while any of them runs. Those asked to stop have 10 s."""
+        if self._drain_until is not None and time.monotonic() > self._drain_until:
+            self._drain_until = None
+            for child in self._workers:
+                child.process.kill()
+                child.process.wait()
         for child in list(self._workers):
             code = child.process.poll()
             if code is None:
@@ -120,25 +126,23 @@ class LocalWorkers:
 
     def drain(self) -> None:
         """Ask the workers to give their trials back and end."""
+        if self._stopping:
+            return
         self._stopping = True
+        self._drain_until = time.monotonic() + DRAIN_SECONDS
         for child in self._workers:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """Drain, and end whoever is still there after 10 s."""
+        """Drain, and wait for the end."""
         self.drain()
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while self.watch() and time.monotonic() < deadline:
+        while self.watch():
             time.sleep(0.05)
-        self.kill()
 
     def kill(self) -> None:
         """End all workers at once, as a second Ctrl-C does."""
-        self._stopping = True
-        for child in self._workers:
-            child.process.kill()
-            child.process.wait()
+        self._stopping, self._drain_until = True, 0.0
         self.watch()
 
     def finish_publishing(self, seconds: float) -> bool:

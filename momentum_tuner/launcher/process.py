@@ -16,14 +16,16 @@ from importlib import import_module
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
 
-
 def main() -> int:
     """Run as a worker or as the publisher, as the first argument says; returns the exit code.
 
     What takes long to import is imported before the order comes, while the parent checks the study.
     """
     role = sys.argv[1]
-    import_module("momentum_tuner.worker" if role == "worker" else "momentum_tuner.tracking.publisher")
+    if role == "worker":
+        _prepare_worker()
+    else:
+        _prepare_publisher()
     line = sys.stdin.readline()
     if not line:
         return 0
@@ -40,6 +42,18 @@ def main() -> int:
         logging.getLogger(__name__).info("%s", redact(traceback.format_exc()))
         print(f"Error: {describe_failure(error)}", file=sys.stderr)
         return 1
+
+
+def _prepare_worker() -> None:
+    import_module("momentum_tuner.worker")
+    import_module("torch._dynamo")  # torch.func imports it at its first call
+
+
+def _prepare_publisher() -> None:
+    from momentum_tuner.tracking import quiet_mlflow
+
+    quiet_mlflow()
+    import_module("mlflow.tracking")
 
 
 def _work(order: dict[str, object]) -> int:
@@ -65,7 +79,7 @@ def _publish(order: dict[str, object]) -> int:
     import signal
 
     from momentum_tuner.database import Database
-    from momentum_tuner.tracking import PublisherLoop, quiet_mlflow
+    from momentum_tuner.tracking import PublisherLoop
 
     # The parent decides when publishing ends: it closes standard input, also when it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -77,7 +91,6 @@ def _publish(order: dict[str, object]) -> int:
         finishing.set()
 
     threading.Thread(target=watch_parent, name="parent", daemon=True).start()
-    quiet_mlflow()
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
     studies = order["studies"]

@@ -1,0 +1,61 @@
+"""The real command line, in a process of its own, in a directory of its own."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Shell:
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        mine = {k: v for k, v in os.environ.items() if not k.startswith(("MOMENTUM_TUNER_", "MLFLOW_"))}
+        return {**mine, "PYTHONPATH": str(ROOT), "COLUMNS": "140"}
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "momentum_tuner", *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def run(self, *arguments: str, code: int = 0, timeout: float = 280) -> str:
+        process = self.start(*arguments)
+        out, error = process.communicate(timeout=timeout)
+        assert process.returncode == code, f"exit {process.returncode}\n{out}\n{error}"
+        assert "Traceback" not in out + error
+        return out if code == 0 else error
+
+    @property
+    def storage(self) -> str:
+        return f"sqlite:///{self.folder / 'momentum_tuner.db'}"
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def shell(tmp_path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_shell(tmp_path_factory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("acceptance"))
+
+
+@pytest.fixture(scope="session")
+def studies() -> Path:
+    return ROOT / "studies"

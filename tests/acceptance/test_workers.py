@@ -1,0 +1,135 @@
+"""Several workers, interruptions and deaths: the budget stays exact."""
+
+import json
+import os
+import signal
+import time
+
+import optuna
+import pytest
+import sqlalchemy as sa
+
+
+@pytest.fixture
+def short_study(studies, tmp_path):
+    """digits-mlp with fewer epochs."""
+    text = (studies / "digits-mlp.yaml").read_text().replace("epochs: 20", "epochs: 4")
+    path = tmp_path / "digits-mlp.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def trial_counts(shell) -> dict[str, int]:
+    summaries = optuna.get_all_study_summaries(shell.storage)
+    return {s.study_name: s.n_trials for s in summaries}
+
+
+def progress(shell) -> dict:
+    return json.loads(shell.run("status", "digits-mlp", "--json"))
+
+
+def wait_for(shell, process, done: int) -> None:
+    """Until so many trials are done."""
+    query = sa.text("SELECT count(*) FROM tickets WHERE state = 'done'")
+    engine = sa.create_engine(shell.storage)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        try:
+            with engine.connect() as connection:
+                if connection.execute(query).scalar() >= done:
+                    engine.dispose()
+                    return
+        except sa.exc.OperationalError:
+            pass  # the tables are not there yet
+        time.sleep(0.1)
+    raise AssertionError("nothing got done")
+
+
+def exactly_64_of_each(shell) -> None:
+    assert trial_counts(shell) == {f"digits-mlp/{o}": 64 for o in ("sgd", "momentum", "nesterov")}
+    status = progress(shell)
+    assert status["phase"] == "done"
+    assert all(o["done"] == o["tickets"] == 64 and o["failed"] == 0 for o in status["optimizers"])
+
+
+def test_four_workers_do_exactly_64_trials_per_optimizer(shell, short_study):
+    shell.run("run", short_study, "--workers", "4", "--slots", "16", "--tracking-uri", "none")
+    exactly_64_of_each(shell)
+    engine = sa.create_engine(shell.storage)
+    with engine.connect() as connection:
+        holders = connection.execute(sa.text("SELECT worker_id, count(*) FROM tickets GROUP BY worker_id")).all()
+    engine.dispose()
+    assert len(holders) > 1
+
+
+def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
+    process = shell.start("run", short_study, "--slots", "8")
+    wait_for(shell, process, done=10)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, out + error
+    assert "resume digits-mlp" in out
+    assert "Traceback" not in out + error
+    stopped = progress(shell)
+    assert stopped["workers"] == []
+    assert all(o["running"] == 0 for o in stopped["optimizers"])
+    assert 10 <= sum(o["done"] for o in stopped["optimizers"]) < 192
+    shell.run("resume", "digits-mlp")
+    exactly_64_of_each(shell)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=shell.tracking)
+    experiment = client.get_experiment_by_name("digits-mlp")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert len(runs) == 193
+    assert {r.info.status for r in runs} <= {"FINISHED", "KILLED"}
+
+
+def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, short_study):
+    process = shell.start("run", short_study, "--workers", "2", "--slots", "8", "--tracking-uri", "none")
+    wait_for(shell, process, done=10)
+    engine = sa.create_engine(shell.storage)
+    with engine.connect() as connection:
+        pid = connection.execute(sa.text("SELECT pid FROM workers WHERE state = 'running' LIMIT 1")).scalar()
+    engine.dispose()
+    os.kill(pid, signal.SIGKILL)
+    out, error = process.communicate(timeout=280)
+    assert process.returncode == 0, out + error
+    assert "was ended by signal 9" in out
+    exactly_64_of_each(shell)
+
+
+def test_a_second_run_at_the_same_time_joins(shell, short_study):
+    first = shell.start("run", short_study, "--workers", "1", "--slots", "16")
+    second = shell.start("run", short_study, "--workers", "1", "--slots", "16")
+    for process in (first, second):
+        out, error = process.communicate(timeout=280)
+        assert process.returncode == 0, out + error
+    exactly_64_of_each(shell)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=shell.tracking)
+    experiment = client.get_experiment_by_name("digits-mlp")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert len([r for r in runs if "mlflow.parentRunId" not in r.data.tags]) == 1
+    assert len(runs) == 193
+
+
+def test_submit_then_a_worker_elsewhere_does_the_work(shell, studies):
+    out = shell.run("submit", str(studies / "quadratic.yaml"))
+    assert "Submitted quadratic" in out
+    shell.run("worker", "quadratic", "--tracking-uri", "none")
+    status = json.loads(shell.run("status", "quadratic", "--json"))
+    assert status["phase"] == "done"
+
+
+def test_a_task_file_beside_the_study_runs_and_a_resume_needs_trust(shell, studies, tmp_path):
+    for name in ("own-task.yaml", "own_task.py"):
+        text = (studies / name).read_text().replace("trials: 32", "trials: 6").replace("epochs: 20", "epochs: 3")
+        (tmp_path / name).write_text(text)
+    shell.run("submit", "own-task.yaml")
+    message = shell.run("resume", "own-task", "--tracking-uri", "none", code=2)
+    assert f"--trust {tmp_path / 'own_task.py'}" in message
+    out = shell.run("run", "own-task.yaml", "--tracking-uri", "none")
+    assert "best setting of each optimizer" in out
