@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from momentum_tuner.database import Database
-from momentum_tuner.errors import InputError, MomentumTunerError, StudyFailedError, TaskError, describe_failure
+from momentum_tuner.errors import MomentumTunerError, StudyFailedError, TaskError, describe_failure
 from momentum_tuner.metrics import EpochRecord, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search
 from momentum_tuner.spec import StudySpec
-from momentum_tuner.tasks import Task, check_task, load_task
+from momentum_tuner.tasks import Task, check_objective, check_task, load_task
 from momentum_tuner.tickets import (
     Claim,
     Heartbeat,
@@ -167,7 +167,7 @@ class StudyWorker:
         self.stop = stop
         self.rungs = frozenset(self.spec.rungs())
         self.maximize = self.spec.objective.direction == "maximize"
-        check_objective(self.spec, task)
+        check_objective(self.spec.objective.metric, task)
         schedule = self.spec.schedule
         self.trainer = Trainer(
             task,
@@ -360,21 +360,6 @@ def flat_measures(measures: TrialMeasures) -> dict[str, Any]:
     found |= {f"final_valid_{name}": value for name, value in final.items()}
     found |= {f"initial_valid_{name}": value for name, value in initial.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def check_objective(spec: StudySpec, task: Task) -> None:
-    """See that the objective is something the task measures.
-
-    Raises:
-        InputError: it is a metric that the task has not, or contraction without a known optimum.
-    """
-    metric = spec.objective.metric
-    known = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction"}
-    if metric == "contraction" and task.optimum is None:
-        raise InputError("objective.metric: contraction needs a task with a known optimum, which this task has not")
-    if metric not in known and metric.removeprefix("valid_") not in task.metrics:
-        there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
-        raise InputError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")
 
 
 def run_worker(storage: str, options: WorkerOptions, stop: StopSignal) -> None:

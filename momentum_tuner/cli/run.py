@@ -139,12 +139,11 @@ def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequen
     from momentum_tuner.tickets import submit_study
 
     if _known(database, spec.name) is None:
-        from momentum_tuner.tasks import check_task, load_task
-        from momentum_tuner.worker import check_objective
+        from momentum_tuner.tasks import check_objective, check_task, load_task
 
         task = load_task(spec.task.factory, spec.task.params, base=folder, trusted=trusted)
         check_task(task)
-        check_objective(spec, task)
+        check_objective(spec.objective.metric, task)
     migrate(database)
     return submit_study(database, spec, str(folder), lambda optimizer: design(spec, optimizer))
 

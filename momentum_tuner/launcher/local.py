@@ -68,6 +68,7 @@ class LocalWorkers:
         self.failures: list[WorkerFailure] = []
         self._say = say
         self._log_level = log_level
+        self._started = False
         self._stopping = False
         self._drain_until: float | None = None
         self._publisher: _Child | None = None
@@ -90,6 +91,7 @@ class LocalWorkers:
             studies: what the publisher shows, empty for every study.
             tracking_uri: where to; None if there is no publisher.
         """
+        self._started = True
         for child in self._workers:
             self._order(child)
         if self._publisher is not None:
@@ -110,7 +112,8 @@ class LocalWorkers:
             self._finish_reading(child)
             if code == 0:
                 continue
-            self._mark_stopped(child.process.pid)
+            if self._started:
+                self._mark_stopped(child.process.pid)
             if self._stopping:
                 continue
             if code in (1, 2) or child.restarts >= RESTARTS:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
     from momentum_tuner.tasks.loader import load_task, trust_of
-    from momentum_tuner.tasks.task import Task, check_task
+    from momentum_tuner.tasks.task import Task, check_objective, check_task
 
 __all__ = [
     "BUILT_IN",
     "Task",
+    "check_objective",
     "check_task",
     "digits_cnn",
     "digits_mlp",
@@ -45,6 +46,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
 _EXPORTS = {
     **BUILT_IN,
     "Task": "momentum_tuner.tasks.task:Task",
+    "check_objective": "momentum_tuner.tasks.task:check_objective",
     "check_task": "momentum_tuner.tasks.task:check_task",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",

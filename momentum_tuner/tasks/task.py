@@ -281,3 +281,17 @@ def checked(build: Callable[P, Task]) -> Callable[P, Task]:
             raise TaskError(mistakes) from None
 
     return factory
+
+
+def check_objective(metric: str, task: Task) -> None:
+    """See that the objective is something the task measures.
+
+    Raises:
+        TaskError: it is a metric that the task has not, or contraction without a known optimum.
+    """
+    known = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction"}
+    if metric == "contraction" and task.optimum is None:
+        raise TaskError("objective.metric: contraction needs a task with a known optimum, which this task has not")
+    if metric not in known and metric.removeprefix("valid_") not in task.metrics:
+        there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
+        raise TaskError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")

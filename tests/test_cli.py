@@ -1,0 +1,164 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from momentum_tuner.cli import COMMANDS
+
+STUDY = """
+name: small
+task: {factory: "momentum_tuner.tasks:quadratic", params: {dim: 4, kappa: 10}}
+optimizers: [sgd, momentum]
+space: {learning_rate: {low: 0.01, high: 0.1}, momentum: {low: 0.0, high: 0.9}}
+budget: {trials: 3, epochs: 2}
+pruner: {name: none}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*arguments, environment=None):
+        mine = {k: v for k, v in os.environ.items() if not k.startswith(("MOMENTUM_TUNER_", "MLFLOW_"))}
+        return subprocess.run(
+            [sys.executable, "-m", "momentum_tuner", *arguments],
+            cwd=tmp_path,
+            env={**mine, "PYTHONPATH": os.getcwd(), "COLUMNS": "120", **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def test_help_lists_every_command_without_loading_what_is_slow(run):
+    script = (
+        "import sys; sys.argv = ['momentum-tuner', '--help']\n"
+        "from momentum_tuner.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'optuna', 'mlflow', 'sqlalchemy', 'pydantic', 'rich', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    for command in COMMANDS:
+        assert f"  {command} " in found.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example(run, command):
+    found = run(command, "--help")
+    assert found.returncode == 0
+    assert f"Example: momentum-tuner {command}" in found.stdout
+
+
+def broken(text, old, new):
+    assert old in text
+    return text.replace(old, new)
+
+
+MISTAKES = {
+    "no such file": (["run", "nothing.yaml"], None, "nothing.yaml"),
+    "a directory": (["run", "."], None, "directory"),
+    "misspelt command": (["rnu", "study.yaml"], STUDY, "Did you mean 'run'?"),
+    "no argument": (["run"], None, "Missing argument 'STUDY.yaml'"),
+    "misspelt key": (["run", "study.yaml"], broken(STUDY, "budget:", "bugdet:"), "did you mean 'budget'"),
+    "low above high": (["run", "study.yaml"], broken(STUDY, "low: 0.01", "low: 0.5"), "space.learning_rate"),
+    "momentum of one": (["run", "study.yaml"], broken(STUDY, "high: 0.9}", "high: 1.0}"), "[0, 1)"),
+    "unknown optimizer": (["run", "study.yaml"], broken(STUDY, "[sgd, momentum]", "[sgd, momentun]"), "'momentum'"),
+    "unknown sampler": (["run", "study.yaml"], STUDY + "sampler: {name: tep}\n", "'tpe'"),
+    "hostile tag": (["run", "study.yaml"], STUDY + "seed: !!python/object/apply:os.getcwd []\n", "!!python/object"),
+    "hostile name": (["run", "study.yaml"], broken(STUDY, "name: small", "name: ../x"), "name"),
+    "hostile factory": (["submit", "study.yaml"], broken(STUDY, "momentum_tuner.tasks:quadratic", "os:system"), "os"),
+    "unknown task": (["run", "study.yaml"], broken(STUDY, "tasks:quadratic", "tasks:quadratix"), "'quadratic'"),
+    "unknown parameter": (["run", "study.yaml"], broken(STUDY, "kappa", "kapa"), "'kappa'"),
+    "missing task file": (["run", "study.yaml"], broken(STUDY, "momentum_tuner.tasks:", "mine.py:"), "mine.py"),
+    "objective not measured": (
+        ["run", "study.yaml"],
+        STUDY + "objective: {metric: valid_accuracy, direction: maximize}\n",
+        "valid_accuracy",
+    ),
+    "wrong database": (["run", "study.yaml", "--storage", "mysql://u:secret@h/d"], STUDY, "mysql"),
+    "not a URL": (["run", "study.yaml", "--storage", "my file"], STUDY, "not a database URL"),
+    "no such folder": (["run", "study.yaml", "--storage", "sqlite:///no/where/x.db"], STUDY, "does not exist"),
+    "no server": (["run", "study.yaml", "--storage", "postgresql://u:secret@127.0.0.1:1/d"], STUDY, "does not answer"),
+    "no GPU": (["run", "study.yaml", "--device", "cuda:7"], STUDY, "--device"),
+    "unknown device": (["run", "study.yaml", "--device", "tpu"], STUDY, "write auto, cpu, cuda"),
+    "no worker": (["run", "study.yaml", "--workers", "0"], STUDY, "--workers"),
+    "no slots": (["run", "study.yaml", "--slots", "many"], STUDY, "--slots"),
+    "file store": (["run", "study.yaml", "--tracking-uri", "./mlruns"], STUDY, "--tracking-uri"),
+    "no database yet": (["status"], None, "there is no database"),
+    "nothing to resume": (["resume", "small"], None, "there is no database"),
+    "nothing to show": (["ui"], None, "there is no MLflow store"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_clear_line_exit_code_2_and_changes_nothing(run, tmp_path, mistake):
+    arguments, study, message = MISTAKES[mistake]
+    if study is not None:
+        (tmp_path / "study.yaml").write_text(study)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    found = run(*arguments)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr + found.stdout
+    assert "secret" not in found.stderr + found.stdout
+    assert len(found.stderr.strip().splitlines()) <= 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_commands_on_a_study_that_is_not_there_list_those_that_are(run, tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    assert run("submit", "study.yaml").returncode == 0
+    for command in (["status", "big"], ["best", "big"], ["resume", "big"], ["delete", "big"], ["publish", "big"]):
+        found = run(*command)
+        assert found.returncode == 2
+        assert "no study 'big'" in found.stderr
+        assert "small" in found.stderr
+
+
+def test_delete_asks_and_removes_the_study_from_our_tables_and_optunas(run, tmp_path):
+    import optuna
+
+    (tmp_path / "study.yaml").write_text(STUDY)
+    found = run("run", "study.yaml", "--tracking-uri", "none", "--workers", "1")
+    assert found.returncode == 0, found.stderr
+    storage = f"sqlite:///{tmp_path / 'momentum_tuner.db'}"
+    assert len(optuna.get_all_study_names(storage)) == 2
+    assert run("delete", "small").returncode == 130  # no answer on standard input
+    assert len(optuna.get_all_study_names(storage)) == 2
+    assert run("delete", "small", "--yes").returncode == 0
+    assert optuna.get_all_study_names(storage) == []
+    assert run("status", "small").returncode == 2
+
+
+def test_secrets_of_urls_are_never_shown(run, tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    environment = {"MOMENTUM_TUNER_STORAGE": "postgresql://anna:hunter2@127.0.0.1:1/d"}
+    for command in (["run", "study.yaml", "-v"], ["status"], ["list", "--json"]):
+        found = run(*command, environment=environment)
+        assert found.returncode == 2
+        assert "hunter2" not in found.stdout + found.stderr
+
+
+def test_a_task_that_fails_in_training_is_reported_and_the_study_ends(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from momentum_tuner import Task\n"
+        "def build():\n"
+        "    calls = [0]\n"
+        "    def loss(model, batch):\n"
+        "        calls[0] += 1\n"
+        "        if calls[0] > 20: raise ValueError('the data ran out')\n"
+        "        return model.weight.square().sum()\n"
+        "    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, steps_per_epoch=5)\n"
+    )
+    (tmp_path / "study.yaml").write_text(broken(STUDY, 'quadratic", params: {dim: 4, kappa: 10}', 'build"').replace(
+        "momentum_tuner.tasks:build", "mine.py:build"
+    ))
+    found = run("run", "study.yaml", "--tracking-uri", "none", "--workers", "1")
+    assert "the data ran out" in found.stdout + found.stderr
+    assert "Traceback" not in found.stdout + found.stderr
