@@ -177,6 +177,8 @@ class StudyWorker:
             precision=self.spec.precision,
             schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
         )
+        if options.slots is None:
+            self.trainer.width = max(1, self.trainer.width // options.sharing)
         self.search = Search(database, self.spec, options.ordinal)
         self.running: dict[int, _Running] = {}
 

@@ -16,6 +16,7 @@ class WorkerOptions:
         studies: names of the studies to serve; empty: every open study.
         device: `cpu`, `cuda:1`, ...
         slots: trials at once, None for the trainer's choice.
+        sharing: how many workers share the device; a worker that chooses its slots takes its part.
         threads: CPU threads, None for torch's choice.
         trust: packages and task files that may be imported.
         forever: wait for new studies instead of ending.
@@ -26,6 +27,7 @@ class WorkerOptions:
     studies: tuple[str, ...] = ()
     device: str = "cpu"
     slots: int | None = None
+    sharing: int = 1
     threads: int | None = None
     trust: tuple[str, ...] = ()
     forever: bool = False

@@ -17,6 +17,7 @@ class Placement:
     """Where one worker runs."""
 
     device: str
+    sharing: int
     threads: int | None
 
 
@@ -43,9 +44,10 @@ def plan_workers(workers: str, device: str) -> list[Placement]:
         count = int(workers)
     else:
         raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
-    on_cpu = count if devices == ["cpu"] else 0
-    threads = max(1, cores // on_cpu) if on_cpu else None
-    return [Placement(devices[i % len(devices)], threads) for i in range(count)]
+    chosen = [devices[i % len(devices)] for i in range(count)]
+    return [
+        Placement(name, chosen.count(name), max(1, cores // count) if name == "cpu" else None) for name in chosen
+    ]
 
 
 def resolve_devices(device: str) -> list[str]:

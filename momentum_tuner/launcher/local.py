@@ -67,6 +67,7 @@ class LocalWorkers:
         self.database = database
         self.failures: list[WorkerFailure] = []
         self._say = say
+        self._said: set[str] = set()
         self._log_level = log_level
         self._started = False
         self._stopping = False
@@ -74,7 +75,7 @@ class LocalWorkers:
         self._publisher: _Child | None = None
         self._workers: list[_Child] = []
         self._plan = [
-            replace(options, device=p.device, threads=p.threads, ordinal=options.ordinal + i)
+            replace(options, device=p.device, sharing=p.sharing, threads=p.threads, ordinal=options.ordinal + i)
             for i, p in enumerate(placements)
         ]
 
@@ -201,7 +202,8 @@ class LocalWorkers:
                 child.last_error = text.removeprefix("Error: ")
             elif child.last_error and text.startswith("  "):
                 child.last_error += "\n" + text
-            elif text:
+            elif text and text not in self._said:  # workers of one study have the same to say
+                self._said.add(text)
                 self._say(text)
 
     def _finish_reading(self, child: _Child) -> None:

@@ -1,6 +1,7 @@
 """The real command line, in a process of its own, in a directory of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,11 +52,14 @@ def shell(tmp_path) -> Shell:
     return Shell(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def module_shell(tmp_path_factory) -> Shell:
-    return Shell(tmp_path_factory.mktemp("acceptance"))
-
-
 @pytest.fixture(scope="session")
 def studies() -> Path:
     return ROOT / "studies"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, studies) -> tuple[Shell, str]:
+    """A folder in which the README's first command has run studies/digits-mlp.yaml, and what it printed."""
+    shell = Shell(tmp_path_factory.mktemp("finished"))
+    shutil.copytree(studies, shell.folder / "studies")
+    return shell, shell.run("run", "studies/digits-mlp.yaml")

@@ -10,12 +10,6 @@ from optuna.trial import TrialState
 OPTIMIZERS = ("sgd", "momentum", "nesterov")
 
 
-@pytest.fixture(scope="module")
-def finished(module_shell, studies):
-    out = module_shell.run("run", str(studies / "digits-mlp.yaml"))
-    return module_shell, out
-
-
 def test_run_ends_in_a_table_of_the_best_setting_of_each_optimizer(finished):
     _, out = finished
     table = out[out.index("best setting of each optimizer") :]

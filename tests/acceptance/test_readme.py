@@ -1,0 +1,118 @@
+"""Every command of the README runs, and its outputs look like the real ones."""
+
+import re
+import shlex
+import shutil
+import socket
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from momentum_tuner.cli import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"<!-- (?P<what>[^>]+?) -->\n```\w*\n(?P<text>.*?)```", re.DOTALL)
+BLOCKS = [(found["what"], found["text"]) for found in BLOCK.finditer(README)]
+
+
+def commands(about: str) -> list[list[str]]:
+    lines = [line for what, text in BLOCKS if what == about for line in text.strip().splitlines()]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def block(what: str) -> str:
+    (text,) = [t for w, t in BLOCKS if w == what]
+    return text
+
+
+def test_every_shell_block_is_marked_so_that_it_is_run_here():
+    shell_blocks = re.findall(r"```bash\n", README)
+    marked = [w for w, _ in BLOCKS if w.startswith("commands on") or w in ("the first command", "the test command")]
+    assert len(shell_blocks) == len(marked)
+
+
+def test_the_first_command_installs_and_runs_digits_mlp():
+    install, run = block("the first command").strip().rsplit(" && ", 1)
+    assert "pip install ." in install
+    assert run == "momentum-tuner run studies/digits-mlp.yaml"  # what the fixture `finished` runs
+
+
+def test_commands_on_digits_mlp_run(finished):
+    shell, _ = finished
+    assert len(commands("commands on digits-mlp")) == 4
+    for arguments in commands("commands on digits-mlp"):
+        assert shell.run(*arguments)
+
+
+def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
+    _, out = finished
+    shown = block("output of run")
+
+    def words(text, mark):
+        lines = [line for line in text.splitlines() if line.startswith(mark)]
+        return [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in lines]
+
+    assert words(shown, "┃") == words(out, "┃")
+    assert sorted(row[0] for row in words(shown, "│")) == sorted(row[0] for row in words(out, "│"))
+    assert shown.strip().splitlines()[0].strip() in out
+
+
+def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
+    shell, _ = finished
+    real = shell.run("best", "digits-mlp", "--format", "torch")
+
+    def form(text):
+        return sorted(re.sub(r"=[\d.e-]+", "=N", line) for line in text.strip().splitlines())
+
+    assert form(block("output of best")) == form(real)
+
+
+def test_your_own_model_runs_as_written(shell):
+    for what, text in BLOCKS:
+        if what.startswith("file "):
+            (shell.folder / what.removeprefix("file ")).write_text(text)
+    (arguments,) = commands("commands on my-study")
+    assert "my-study: best setting of each optimizer" in shell.run(*arguments)
+    assert len([line for line in block("file my_task.py").splitlines() if line.startswith("    ")]) <= 10
+
+
+def test_commands_on_quadratic_run(shell, studies):
+    shutil.copytree(studies, shell.folder / "studies")
+    for arguments in commands("commands on quadratic"):
+        out = shell.run(*arguments)
+    assert "quadratic: done" in out
+
+
+def test_ui_serves_the_runs_of_the_study(finished):
+    shell, _ = finished
+    assert "`momentum-tuner ui`" in README
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = shell.start("ui", "--port", str(port))
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.5)
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        assert client.get_experiment_by_name("digits-mlp") is not None
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command):
+    assert f"`{command}" in README
