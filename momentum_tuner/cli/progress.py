@@ -50,7 +50,7 @@ class ProgressPage:
         if self._console.is_terminal:
             self._live.start()
         else:
-            self._console.print(f"{self._name}: starting workers")
+            self.say(f"{self._name}: starting workers")
         return self
 
     def __exit__(
@@ -61,7 +61,7 @@ class ProgressPage:
 
     def say(self, line: str) -> None:
         """Print a line above the page; `line` is text, not markup."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def update(self, study: StudyRecord, last: bool = False) -> None:
         """Read the database and show how far the study is; each new best gets a line."""

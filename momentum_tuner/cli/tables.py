@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,24 +32,22 @@ def setting_text(settings: Mapping[str, Any]) -> str:
 
 
 def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
-    """The best setting of each optimizer, best first, with how its trials ended."""
+    """The best setting of each optimizer, best first, with how its trials ended; it fits 80 columns."""
     counts = {o.optimizer: o for o in progress.optimizers}
     metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
-    table = Table(title=f"{progress.study}: best setting of each optimizer", title_justify="left", expand=False)
-    table.add_column("optimizer")
-    table.add_column("learning rate", justify="right")
-    table.add_column("momentum", justify="right")
-    table.add_column("valid loss", justify="right")
-    for name in metrics:
-        table.add_column(name.replace("_", " "), justify="right")
-    for name in ("trial", "complete", "pruned", "diverged", "failed"):
+    outcomes = _outcomes(progress)
+    table = _table(f"{progress.study}: best setting of each optimizer")
+    table.add_column("optimizer", no_wrap=True)
+    for name in ("learning rate", "momentum", "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
+        table.add_column(name, justify="right")
+    for name in outcomes:
         table.add_column(name, justify="right")
     ranked = {b.optimizer: b for b in best}
     for optimizer in [*ranked, *(o for o in counts if o not in ranked)]:
         found, count = ranked.get(optimizer), counts[optimizer]
         row = [optimizer]
         if found is None:
-            row += ["-"] * (3 + len(metrics) + 1)
+            row += ["-"] * (4 + len(metrics))
         else:
             momentum = found.settings.get("momentum")
             row += [
@@ -58,24 +57,25 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
                 *(_number(found.measures.get(m)) for m in metrics),
                 str(found.trial),
             ]
-        row += [str(getattr(count, name)) for name in ("complete", "pruned", "diverged", "failed")]
+        row += [str(getattr(count, name)) for name in outcomes]
         table.add_row(*row)
     return table
 
 
 def progress_table(progress: StudyProgress) -> Table:
-    """How far each optimizer is."""
-    table = Table(title=f"{progress.study}: {progress.phase}", title_justify="left")
-    table.add_column("optimizer")
-    for name in ("done", "running", "complete", "pruned", "diverged", "failed"):
-        table.add_column(name, justify="right")
-    table.add_column("best", justify="right")
+    """How far each optimizer is; it fits 80 columns."""
+    names = ["running", *_outcomes(progress)]
+    table = _table(f"{progress.study}: {progress.phase}")
+    table.add_column("optimizer", no_wrap=True)
+    for name in ("done", *names):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("best", justify="right", no_wrap=True)
     table.add_column("at")
     for o in progress.optimizers:
         table.add_row(
             o.optimizer,
             f"{o.done}/{o.tickets}",
-            *(str(getattr(o, name)) for name in ("running", "complete", "pruned", "diverged", "failed")),
+            *(str(getattr(o, name)) for name in names),
             _number(o.best),
             setting_text(o.best_setting or {}),
         )
@@ -84,7 +84,7 @@ def progress_table(progress: StudyProgress) -> Table:
 
 def workers_table(progress: StudyProgress) -> Table:
     """Who works on the study."""
-    table = Table(title="workers", title_justify="left")
+    table = _table("workers")
     for name in ("worker", "device", "slots", "state", "heartbeat"):
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
@@ -94,7 +94,7 @@ def workers_table(progress: StudyProgress) -> Table:
 
 def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
     """All studies of a database."""
-    table = Table()
+    table = _table("studies")
     table.add_column("study")
     table.add_column("phase")
     table.add_column("done", justify="right")
@@ -109,6 +109,17 @@ def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
             study.spec.task.factory,
         )
     return table
+
+
+def _outcomes(progress: StudyProgress) -> list[str]:
+    """How trials can end; `failed` is shown only where some did."""
+    names = ["complete", "pruned", "diverged"]
+    return [*names, "failed"] if any(o.failed for o in progress.optimizers) else names
+
+
+def _table(title: str) -> Table:
+    """A table without frame, narrow enough for 80 columns."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _number(value: float | None) -> str:

@@ -13,27 +13,23 @@ OPTIMIZERS = ("sgd", "momentum", "nesterov")
 def test_run_ends_in_a_table_of_the_best_setting_of_each_optimizer(finished):
     _, out = finished
     table = out[out.index("best setting of each optimizer") :]
-    for name in ("valid loss", "valid accuracy", "pruned", "diverged"):
+    for name in ("learning rate", "momentum", "valid loss", "valid accuracy", "pruned", "diverged"):
         assert name in table
-    rows = {
-        cells[0].strip(): [c.strip() for c in cells[1:]]
-        for cells in (line.strip("│ ").split("│") for line in table.splitlines() if line.startswith("│"))
-    }
-    assert set(rows) == set(OPTIMIZERS)
-    for learning_rate, _, loss, accuracy, _, complete, pruned, diverged, failed in rows.values():
+    rows = [line.split() for line in table.splitlines() if line.split() and line.split()[0] in OPTIMIZERS]
+    assert sorted(row[0] for row in rows) == sorted(OPTIMIZERS)
+    for _, learning_rate, _, loss, accuracy, _, complete, pruned, diverged in rows:
         assert 1e-4 <= float(learning_rate) <= 1.0
         assert float(loss) < 0.2
         assert float(accuracy) > 0.93
         assert int(complete) + int(pruned) + int(diverged) == 64
         assert int(pruned) > 20
-        assert int(failed) == 0
 
 
 def test_the_same_command_again_says_that_the_study_is_complete(finished, studies):
     shell, first = finished
     out = shell.run("run", str(studies / "digits-mlp.yaml"))
     assert "Study digits-mlp is complete." in out
-    table = first[first.index("┏") : first.index("┘")]
+    table = first[first.index("digits-mlp: best setting") : first.index("Paste into")]
     assert table in out
 
 

@@ -49,15 +49,12 @@ def test_commands_on_digits_mlp_run(finished):
 
 def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
     _, out = finished
-    shown = block("output of run")
-
-    def words(text, mark):
-        lines = [line for line in text.splitlines() if line.startswith(mark)]
-        return [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in lines]
-
-    assert words(shown, "┃") == words(out, "┃")
-    assert sorted(row[0] for row in words(shown, "│")) == sorted(row[0] for row in words(out, "│"))
-    assert shown.strip().splitlines()[0].strip() in out
+    shown = block("output of run").strip().splitlines()
+    real = out[out.index("digits-mlp: best setting") :].strip().splitlines()
+    first_words = [[line.split()[0] if line.split() else "" for line in lines] for lines in (shown, real)]
+    assert shown[0].strip() == real[0].strip()
+    assert shown[2].split() == real[2].split()  # the heading
+    assert sorted(first_words[0]) == sorted(first_words[1])
 
 
 def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
