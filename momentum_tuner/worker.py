@@ -34,6 +34,7 @@ from momentum_tuner.tickets import (
     finish_study,
     give_back,
     list_studies,
+    noted_trials,
     record_epochs,
     register_worker,
     set_trials,
@@ -191,6 +192,7 @@ class StudyWorker:
                 if self.running:
                     self._train_epoch()
                 elif finish_study(self.database, self.study.id):
+                    self.search.fail_leftovers(noted_trials(self.database, self.study.id))
                     return
                 else:
                     time.sleep(POLL_SECONDS)  # others hold the last tickets; one of them may die

@@ -156,9 +156,11 @@ def test_a_task_that_fails_in_training_is_reported_and_the_study_ends(run, tmp_p
         "        return model.weight.square().sum()\n"
         "    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, steps_per_epoch=5)\n"
     )
-    (tmp_path / "study.yaml").write_text(broken(STUDY, 'quadratic", params: {dim: 4, kappa: 10}', 'build"').replace(
-        "momentum_tuner.tasks:build", "mine.py:build"
-    ))
+    (tmp_path / "study.yaml").write_text(
+        broken(STUDY, 'quadratic", params: {dim: 4, kappa: 10}', 'build"').replace(
+            "momentum_tuner.tasks:build", "mine.py:build"
+        )
+    )
     found = run("run", "study.yaml", "--tracking-uri", "none", "--workers", "1")
     assert "the data ran out" in found.stdout + found.stderr
     assert "Traceback" not in found.stdout + found.stderr
