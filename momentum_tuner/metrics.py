@@ -5,6 +5,7 @@ The trainer records a few numbers per step and slot (`StepTable`); everything el
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -44,8 +45,9 @@ class EpochRecord:
 
     Attributes:
         epoch: epochs done, 0 for the untrained model.
-        step: optimizer steps done.
-        train_loss: mean minibatch loss over the epoch, before each update.
+        step: optimizer steps done; in a diverged trial's last record the step at which it diverged.
+        train_loss: mean minibatch loss over the epoch, before each update; where the gradient is taken, so at the
+            looked-ahead point for `nesterov_lookahead`.
         valid_loss: loss on the whole validation set; None if it is not finite.
         grad_norm: mean over the epoch's steps of the gradient's global L2 norm.
         grad_norm_max: its maximum.
@@ -105,8 +107,8 @@ class SpikeState:
 def count_spikes(losses: Array, first_step: int, state: SpikeState) -> tuple[int, SpikeState]:
     """Count the steps whose loss exceeds the trailing mean by more than 6 trailing mean absolute deviations.
 
-    Both are exponential means with a horizon of 50 steps over the steps before, corrected for their start; the
-    first 50 steps never count.
+    Both are exponential means with a horizon of 50 steps over the steps before, corrected for their start;
+    steps count from step 50 on.
 
     Args:
         losses: `[steps]`, one trial's minibatch losses, all finite.
@@ -121,7 +123,7 @@ def count_spikes(losses: Array, first_step: int, state: SpikeState) -> tuple[int
         if weight > 0.0:
             excess = loss - mean / weight
             if (
-                step > SPIKE_HORIZON
+                step >= SPIKE_HORIZON
                 and deviation_weight > 0.0
                 and excess > SPIKE_DEVIATIONS * deviation / deviation_weight
             ):
@@ -210,7 +212,7 @@ def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialM
         mean = (sum(losses) + initial * (budget_epochs - len(losses))) / budget_epochs
     elif len(losses) == budget_epochs:
         mean = sum(losses) / budget_epochs
-    steps = np.diff([r.step for r in records]).astype(np.float64)
+    steps = [_measured_steps(r, before) for before, r in itertools.pairwise(records)]
     waves = [(r.oscillation, n) for r, n in zip(trained, steps, strict=True) if r.oscillation is not None]
     counted = sum(n for _, n in waves)
     return TrialMeasures(
@@ -221,7 +223,7 @@ def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialM
         diverged=diverged,
         diverged_at_step=last.diverged_at_step,
         contraction=None if diverged else contraction(records),
-        oscillation=float(sum(o * n for o, n in waves) / counted) if counted else None,
+        oscillation=sum(o * n for o, n in waves) / counted if counted else None,
         spikes=sum(r.spikes or 0 for r in trained),
         layer_grad_ratio=mean_or_none(
             np.array([r.layer_grad_ratio for r in trained if r.layer_grad_ratio is not None])
@@ -234,6 +236,12 @@ def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialM
         steps=last.step,
         seconds=sum(r.seconds or 0.0 for r in trained),
     )
+
+
+def _measured_steps(record: EpochRecord, before: EpochRecord) -> int:
+    """Steps that a record's means are over: without the one at which the loss stopped a diverged trial."""
+    stopped = record.diverged_at_step is not None and record.valid_loss is not None
+    return record.step - before.step - stopped
 
 
 def contraction(records: Sequence[EpochRecord]) -> float | None:
@@ -256,13 +264,14 @@ def steps_to_target(
 ) -> float | None:
     """First step at which `metric` reaches `target`, linear between the two evaluations around it.
 
-    None if it is never reached. Evaluations with a missing value are passed over.
+    None if it is never reached. Evaluations with a missing value are passed over, and so is a diverged trial's last
+    one: its model was stopped in the middle of an epoch.
     """
     sign = -1.0 if maximize else 1.0
     before: tuple[float, float] | None = None
     for record in records:
         value = record.value(metric)
-        if value is None:
+        if value is None or record.diverged_at_step is not None:
             continue
         gap = sign * (value - target)
         if gap <= 0.0:

@@ -7,14 +7,18 @@ client and dashboard read it.
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from momentum_tuner.database import Database, engine_options, tune_sqlite
+from momentum_tuner.database import Database, engine_options, optuna_differs, tune_sqlite
+from momentum_tuner.errors import StorageError
 from momentum_tuner.space import distributions, grid, settings
 from momentum_tuner.spec import StudySpec
 
@@ -38,7 +42,7 @@ class Search:
     """The Optuna studies of one study, one for each optimizer.
 
     Args:
-        database: where they live, beside our own tables.
+        database: where they live, beside our own tables; migrated.
         spec: the study.
         worker_seed: makes the samplers of several workers draw different points.
     """
@@ -52,14 +56,13 @@ class Search:
         self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.optimizers}
 
     def ask(self, optimizer: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
-        """A new trial for a ticket, or the one that a worker asked for and could not note before it died.
+        """A new trial for a ticket.
 
         Args:
             optimizer: whose study is asked.
             ticket_id: written on the trial as it is created, so that no trial is ever without its ticket.
             fixed: Optuna parameters set in advance; the sampler is not asked.
         """
-        study = self._studies[optimizer]
         space = self._distributions[optimizer]
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
@@ -67,16 +70,31 @@ class Search:
             distributions={name: space[name] for name in fixed or {}},
             user_attrs={TICKET: ticket_id},
         )
-        trial_id = self._storage.create_new_trial(self._study_id(optimizer), template)
-        return self._suggest(study, optimizer, trial_id)
+        return self._suggest(optimizer, self._storage.create_new_trial(self._study_id(optimizer), template))
 
     def recall(self, optimizer: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
-        study = self._studies[optimizer]
-        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        for frozen in self._running(optimizer):
             if frozen.user_attrs.get(TICKET) == ticket_id:
-                return self._suggest(study, optimizer, frozen._trial_id)
+                return self._suggest(optimizer, frozen._trial_id)
         return None
+
+    def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
+        """Fail the running trials that belong to no ticket any more; returns how many.
+
+        A worker that was stopped for long before it asked gets a trial for a ticket that another worker has adopted.
+
+        Args:
+            noted: for each ticket the trial that is noted on it, and whether it is done.
+        """
+        left = 0
+        for optimizer in self.spec.optimizers:
+            for frozen in self._running(optimizer):
+                trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
+                if done or trial_id not in (None, frozen._trial_id):
+                    self.tell(optimizer, frozen._trial_id, "failed", None)
+                    left += 1
+        return left
 
     def report(self, optimizer: str, trial_id: int, epoch: int, value: float) -> None:
         """Report the objective's value at a rung."""
@@ -85,22 +103,23 @@ class Search:
     def should_prune(self, optimizer: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report."""
         study = self._studies[optimizer]
-        return study.pruner.prune(study, self._storage.get_trial(trial_id))
+        return bool(study.pruner.prune(study, self._storage.get_trial(trial_id)))
 
     def tell(self, optimizer: str, trial_id: int, outcome: str, value: float | None) -> None:
         """Finish a trial; telling it again changes nothing.
 
-        A diverged trial is complete with the value of the untrained model, so that the sampler learns from it.
+        A diverged trial is complete with the value of the untrained model, so that the sampler learns from it. A
+        pruned one has the value that it reported last.
         """
-        study = self._studies[optimizer]
-        if outcome == "failed" or (value is None and outcome != "pruned"):
-            state, values = TrialState.FAIL, None
-        elif outcome == "pruned":
-            state, values = TrialState.PRUNED, None
+        values = None
+        if outcome == "pruned":
+            state = TrialState.PRUNED
+        elif outcome == "failed" or value is None or not math.isfinite(value):
+            state = TrialState.FAIL
         else:
             state, values = TrialState.COMPLETE, value
         number = self._storage.get_trial_number_from_id(trial_id)
-        study.tell(number, values=values, state=state, skip_if_finished=True)
+        self._studies[optimizer].tell(number, values=values, state=state, skip_if_finished=True)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -110,19 +129,31 @@ class Search:
     def _study_id(self, optimizer: str) -> int:
         return self._storage.get_study_id_from_name(study_name(self.spec.name, optimizer))
 
-    def _suggest(self, study: optuna.Study, optimizer: str, trial_id: int) -> AskedTrial:
+    def _running(self, optimizer: str) -> list[optuna.trial.FrozenTrial]:
+        return self._studies[optimizer].get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def _suggest(self, optimizer: str, trial_id: int) -> AskedTrial:
+        number = self._storage.get_trial_number_from_id(trial_id)
+        # A study keeps the trials it has seen until its own next `ask` or `tell`: a new one sees what others told.
+        # A new sampler, as one that starts again from the same seed would draw the points of its last life again.
+        study = optuna.load_study(
+            study_name=study_name(self.spec.name, optimizer),
+            storage=self._storage,
+            sampler=make_sampler(self.spec, self._worker_seed, number),
+            pruner=self._studies[optimizer].pruner,
+        )
         trial = optuna.Trial(study, trial_id)
-        params: dict[str, Any] = {}
-        for name, distribution in self._distributions[optimizer].items():
-            params[name] = _suggest_one(trial, name, distribution)
-        return AskedTrial(trial_id, trial.number, settings(self.spec, optimizer, params))
+        params = {
+            name: _suggest_one(trial, name, distribution)
+            for name, distribution in self._distributions[optimizer].items()
+        }
+        return AskedTrial(trial_id, number, settings(self.spec, optimizer, params))
 
     def _open(self, optimizer: str) -> optuna.Study:
         return optuna.create_study(
             storage=self._storage,
             study_name=study_name(self.spec.name, optimizer),
             direction=self.spec.objective.direction,
-            sampler=make_sampler(self.spec, self._worker_seed),
             pruner=make_pruner(self.spec),
             load_if_exists=True,
         )
@@ -133,21 +164,47 @@ def study_name(study: str, optimizer: str) -> str:
     return f"{study}/{optimizer}"
 
 
-def open_storage(database: Database) -> Any:
-    """Optuna's storage on the same database, with one connection and our timeouts."""
-    storage = optuna.storages.RDBStorage(database.text, engine_kwargs=engine_options(database.url, 1))
+def open_storage(database: Database) -> optuna.storages.RDBStorage:
+    """Optuna's storage on the same database, with our timeouts.
+
+    Raises:
+        StorageError: Optuna's tables there are of another version of Optuna.
+    """
+    storage = optuna.storages.RDBStorage(
+        database.text,
+        engine_kwargs=engine_options(database.url, 2),  # Optuna opens a second connection to look at its version
+        skip_table_creation=True,
+        skip_compatibility_check=True,
+    )
+    held, known = storage.get_current_version(), storage.get_head_version()
+    if held != known:
+        storage.remove_session()
+        storage.engine.dispose()
+        raise StorageError(optuna_differs(database, held, known))
     tune_sqlite(storage.engine)
+    storage.remove_session()
+    storage.engine.dispose()  # connections from before the tuning
     return storage
 
 
-def make_sampler(spec: StudySpec, worker_seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler of a study file. Designs (grid, qmc) are drawn in advance and need none."""
-    seed = (spec.seed * 1_000_003 + worker_seed) % 2**31
+def make_sampler(spec: StudySpec, worker_seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a study file for one trial. Designs (grid, qmc) are drawn in advance and need none.
+
+    Args:
+        spec: the study.
+        worker_seed: makes several workers draw different points.
+        number: the trial's number; each is drawn with a seed of its own.
+    """
+    seed = int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0])
     match spec.sampler.name:
         case "gp":
             return optuna.samplers.GPSampler(seed=seed)
         case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            # It searches no choices, and nothing in a space of one dimension: what is left goes to TPE.
+            independent = optuna.samplers.TPESampler(seed=seed)
+            return optuna.samplers.CmaEsSampler(
+                seed=seed, independent_sampler=independent, warn_independent_sampling=False
+            )
         case "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         case _:
@@ -181,16 +238,12 @@ def design(spec: StudySpec, optimizer: str) -> Sequence[Mapping[str, Any]] | Non
         return grid(spec, optimizer)
     if spec.sampler.name != "qmc":
         return None
-    sampler = optuna.samplers.QMCSampler(seed=spec.seed, scramble=True, warn_independent_sampling=False)
-    study = optuna.create_study(sampler=sampler)
-    points: list[Mapping[str, Any]] = []
-    # Optuna's QMC sampler draws its first trial at random, to learn the space; the sequence begins after it.
-    study.tell(study.ask(space), 0.0)
-    for _ in range(spec.budget.trials):
-        trial = study.ask(space)
-        points.append(dict(trial.params))
-        study.tell(trial, 0.0)
-    return points
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(seed=spec.seed, scramble=True, warn_independent_sampling=False)
+    study = optuna.create_study(sampler=sampler)  # counts the points drawn
+    trial = optuna.trial.create_trial(state=TrialState.RUNNING)
+    return [sampler.sample_relative(study, trial, space) for _ in range(spec.budget.trials)]
 
 
 def delete_optuna_studies(database: Database, spec: StudySpec) -> None:

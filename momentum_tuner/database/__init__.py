@@ -7,8 +7,8 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_sqlite,
 )
-from momentum_tuner.database.migrate import migrate
-from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now
+from momentum_tuner.database.migrate import migrate, optuna_differs
+from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
 
 __all__ = [
     "DEFAULT_URL",
@@ -23,5 +23,7 @@ __all__ = [
     "engine_options",
     "insert_new",
     "migrate",
+    "optuna_differs",
+    "plain_number",
     "tune_sqlite",
 ]

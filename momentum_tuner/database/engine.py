@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,6 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import NullPool
 
 from momentum_tuner.errors import MissingExtraError, StorageError, redact
 
@@ -30,7 +32,7 @@ def storage_url(text: str) -> URL:
         url = make_url(text)
     except (sa.exc.ArgumentError, ValueError):
         raise StorageError(
-            f"--storage {redact(text)!r} is not a database URL; write sqlite:///file.db or "
+            f"--storage {_harmless(text)!r} is not a database URL; write sqlite:///file.db or "
             "postgresql://user:password@host/database"
         ) from None
     backend = url.get_backend_name()
@@ -39,6 +41,8 @@ def storage_url(text: str) -> URL:
             raise StorageError("--storage: an in-memory SQLite database cannot be shared; write sqlite:///file.db")
         return url.set(drivername="sqlite", database=str(Path(url.database).absolute()))
     if backend in {"postgresql", "postgres"}:
+        if "@" in (url.host or ""):  # what follows would be shown as the host
+            raise StorageError("--storage: the user or the password holds an '@'; write it as %40")
         try:
             import psycopg  # noqa: F401
         except ImportError:
@@ -50,22 +54,31 @@ def storage_url(text: str) -> URL:
 
 
 def engine_options(url: URL, connections: int) -> dict[str, Any]:
-    """Arguments of `create_engine` for our own tables and for Optuna's: timeouts, and a bound on connections."""
+    """Arguments of `create_engine` for our own tables and for Optuna's: timeouts, and a bound on connections.
+
+    What the URL itself says about a connection (as `?connect_timeout=3`) holds.
+    """
     if url.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False}, "poolclass": NullPool}
+        # A pool, as opening a file and closing it (a checkpoint each time) takes ten times as long as a transaction.
+        return {
+            "pool_size": connections,
+            "max_overflow": 10,
+            "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False},
+        }
+    options = " ".join((*url.normalized_query.get("options", ()), f"-c statement_timeout={STATEMENT_SECONDS * 1000}"))
+    defaults = {
+        "connect_timeout": 10,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": STATEMENT_SECONDS * 1000,
+    }
     return {
         "pool_size": connections,
         "max_overflow": 0,
         "pool_pre_ping": True,
         "pool_timeout": STATEMENT_SECONDS,
-        "connect_args": {
-            "connect_timeout": 10,
-            "options": f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": STATEMENT_SECONDS * 1000,
-        },
+        "connect_args": {k: v for k, v in defaults.items() if k not in url.query} | {"options": options},
     }
 
 
@@ -78,10 +91,24 @@ def tune_sqlite(engine: Engine) -> None:
     def set_pragmas(connection: Any, _: Any) -> None:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _use_wal(cursor)
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
+
+
+def _use_wal(cursor: sqlite3.Cursor) -> None:
+    """Switch the file to write-ahead logging; SQLite itself does not wait where several processes do so at once."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 class Database:
@@ -123,7 +150,11 @@ class Database:
     @property
     def shown(self) -> str:
         """The URL as people may see it."""
-        return redact(self.text).replace("postgresql+psycopg://", "postgresql://")
+        if self.dialect == "sqlite":
+            return f"sqlite:///{self.url.database}"
+        user = "***@" if self.url.username or self.url.password else ""
+        port = f":{self.url.port}" if self.url.port else ""
+        return f"postgresql://{user}{self.url.host or ''}{port}/{self.url.database or ''}"
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -147,12 +178,21 @@ class Database:
         """Turn the driver's errors of reaching the database into one line, without secrets."""
         try:
             yield
-        except sa.exc.OperationalError as error:
-            raise StorageError(f"the database {self.shown} does not answer: {_first_line(error)}") from error
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+            raise StorageError(f"the database {self.shown} does not answer: {self._first_line(error)}") from error
         except sa.exc.DatabaseError as error:
             if "file is not a database" in str(error):
                 raise StorageError(f"--storage: {self.shown} is not an SQLite database") from None
             raise
+
+    def _first_line(self, error: sa.exc.SQLAlchemyError) -> str:
+        origin = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        lines = str(origin).strip().splitlines()
+        line = redact(lines[0]) if lines else type(origin).__name__
+        for secret in (self.url.password, *self.url.normalized_query.get("password", ())):
+            if secret:
+                line = line.replace(secret, "***")
+        return line
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -160,9 +200,12 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
 
-def _first_line(error: sa.exc.DBAPIError) -> str:
-    lines = str(error.orig).strip().splitlines()
-    return redact(lines[0]) if lines else type(error.orig).__name__
+def _harmless(text: str) -> str:
+    """What is no URL, as far as it cannot hold a password."""
+    if "@" not in text and "password" not in text:
+        return text
+    scheme = re.match(r"[a-zA-Z][\w+.-]*://", text)
+    return f"{scheme[0] if scheme else ''}***"
 
 
 def insert_new(dialect: str, table: type[Any]) -> Any:

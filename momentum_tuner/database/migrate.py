@@ -8,11 +8,12 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from momentum_tuner.database.engine import Database
+from momentum_tuner.database.engine import Database, engine_options
 from momentum_tuner.errors import StorageError
 
 VERSION_TABLE = "momentum_tuner_version"
 CURRENT = "0001"
+_LOCK_SECONDS = 300
 _LOCK = 0x6D6F6D656E74  # "moment", the key of PostgreSQL's advisory lock around migrations
 
 
@@ -20,27 +21,42 @@ def migrate(database: Database) -> None:
     """Create or upgrade our tables, then Optuna's. One process does it, others wait.
 
     Raises:
-        StorageError: the database is not reachable, or of a newer momentum-tuner.
+        StorageError: the database is not reachable, or of a newer momentum-tuner or another Optuna.
     """
+    if _ready(database):
+        return
+    with database.write() as session:
+        connection = session.connection()
+        if database.dialect == "postgresql":
+            session.execute(sa.text(f"SET LOCAL statement_timeout = {_LOCK_SECONDS * 1000}"))
+            session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        if _complete(connection):  # another process was here before
+            return
+        _upgrade(connection)
+        if database.dialect == "postgresql":
+            create_optuna_tables(database)
+    if database.dialect == "sqlite":
+        create_optuna_tables(database)  # on a connection of its own, which our transaction would keep out
+
+
+def _ready(database: Database) -> bool:
     with database.read() as session:
         found = version(session.connection())
-        ready = found == CURRENT and sa.inspect(session.connection()).has_table("alembic_version")
-    if ready:
-        return
-    if found is not None and found > CURRENT:
-        raise StorageError(
-            f"the database {database.shown} was written by a newer momentum-tuner (version {found}); "
-            "upgrade this one: pip install -U momentum-tuner"
-        )
-    if database.dialect == "postgresql":
-        with database.write() as session:
-            session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-            _upgrade(session.connection())
-            create_optuna_tables(database)
-    else:
-        with database.write() as session:
-            _upgrade(session.connection())
-        create_optuna_tables(database)
+        if found is not None and found > CURRENT:
+            raise StorageError(
+                f"the database {database.shown} was written by a newer momentum-tuner (version {found}); "
+                "upgrade this one: pip install -U momentum-tuner"
+            )
+        return _complete(session.connection())
+
+
+def _complete(connection: Connection) -> bool:
+    """Whether our tables are of this version and Optuna's are there: it writes its version last."""
+    return bool(
+        version(connection) == CURRENT
+        and sa.inspect(connection).has_table("alembic_version")
+        and connection.execute(sa.text("SELECT count(*) FROM alembic_version")).scalar()
+    )
 
 
 def version(connection: Connection) -> str | None:
@@ -52,22 +68,37 @@ def version(connection: Connection) -> str | None:
 
 
 def create_optuna_tables(database: Database, tries: int = 20) -> None:
-    """Let Optuna create its tables. Two processes that do so at once collide: the loser tries again."""
-    import optuna
+    """Let Optuna create its tables. Two processes that do so at once collide: the loser tries again.
 
-    from momentum_tuner.database.engine import engine_options
+    Raises:
+        StorageError: the tables are there, of another version of Optuna.
+    """
+    import optuna
 
     for attempt in range(tries):
         try:
-            options = engine_options(database.url, 1)
-            storage = optuna.storages.RDBStorage(database.text, engine_kwargs=options)
+            storage = optuna.storages.RDBStorage(
+                database.text, engine_kwargs=engine_options(database.url, 2), skip_compatibility_check=True
+            )
         except (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
             if attempt == tries - 1:
                 raise
             time.sleep(0.1 * (attempt + 1))
         else:
+            held, known = storage.get_current_version(), storage.get_head_version()
+            storage.remove_session()
             storage.engine.dispose()
+            if held != known:
+                raise StorageError(optuna_differs(database, held, known))
             return
+
+
+def optuna_differs(database: Database, held: str, known: str) -> str:
+    """What to say of Optuna's tables in another version than that of the Optuna installed here."""
+    return (
+        f"the database {database.shown} holds Optuna's tables in version {held}, but the Optuna of this machine "
+        f"knows {known}; install the Optuna they are of, or bring them up to date with `optuna storage upgrade`"
+    )
 
 
 def _upgrade(connection: Connection) -> None:

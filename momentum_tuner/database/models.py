@@ -5,6 +5,8 @@ Optuna has a table `studies` of its own beside them, so ours is `tuner_studies`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -22,8 +24,37 @@ from sqlalchemy import (
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.expression import FunctionElement
+from sqlalchemy.types import TypeDecorator
 
 Identifier = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Numbers(TypeDecorator[dict[str, Any]]):
+    """A mapping of names to numbers as JSON, where infinity (a `clip_norm` that never clips) is text.
+
+    JSON has no infinity, and PostgreSQL refuses it.
+    """
+
+    impl = JSON(none_as_null=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: Mapping[str, Any] | None, dialect: Any) -> dict[str, Any] | None:
+        """What is stored."""
+        return None if value is None else {name: plain_number(number) for name, number in value.items()}
+
+    def process_result_value(self, value: Mapping[str, Any] | None, dialect: Any) -> dict[str, Any] | None:
+        """What was stored."""
+        if value is None:
+            return None
+        return {name: float(number) if number in _NOT_FINITE else number for name, number in value.items()}
+
+
+def plain_number(value: Any) -> Any:
+    """The value, or its name if it is a number that JSON has not: `inf`, `-inf`, `nan`."""
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_NOT_FINITE = ("inf", "-inf", "nan")
 
 
 class Base(DeclarativeBase):
@@ -37,7 +68,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map: ClassVar[Any] = {dict[str, Any]: JSON(none_as_null=True), float: Float(53)}
+    type_annotation_map: ClassVar[Any] = {dict[str, Any]: Numbers(), float: Float(53)}
 
 
 class Study(Base):

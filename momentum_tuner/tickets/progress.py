@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from momentum_tuner.database import Database, Study, Ticket, Worker, database_now
+from momentum_tuner.database import Database, Study, Ticket, Worker, database_now, plain_number
 from momentum_tuner.tickets.studies import StudyRecord
 from momentum_tuner.worker_options import GRACE_SECONDS
 
@@ -34,9 +34,11 @@ class BestSetting:
     measures: Mapping[str, Any]
 
     def flat(self) -> dict[str, Any]:
-        """One flat mapping: study, optimizer, trial, objective, the hyperparameters, then the measures."""
+        """One flat mapping of JSON values: study, optimizer, trial, objective, hyperparameters, measures."""
         head = {"study": self.study, "optimizer": self.optimizer, "trial": self.trial, "objective": self.objective}
-        return {**head, **self.settings, **{k: v for k, v in self.measures.items() if k not in self.settings}}
+        found = {**self.measures, **self.settings, **head}
+        names = dict.fromkeys((*head, *self.settings, *self.measures))
+        return {name: plain_number(found[name]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class StudyProgress:
     def flat(self) -> dict[str, Any]:
         """As plain JSON values."""
         found = asdict(self)
+        for optimizer in found["optimizers"]:
+            setting = optimizer["best_setting"]
+            if setting is not None:
+                optimizer["best_setting"] = {name: plain_number(value) for name, value in setting.items()}
         return {**found, "optimizers": list(found["optimizers"]), "workers": list(found["workers"])}
 
 

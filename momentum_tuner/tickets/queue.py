@@ -6,6 +6,7 @@ fence. A worker that lost its ticket (another one adopted it) is told so and dis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -88,10 +89,16 @@ def claim(
     with database.write() as session:
         now = session.scalar(sa.select(database_now()))
         assert now is not None
-        gone = sa.select(Worker.id).where(sa.or_(Worker.state == "stopped", Worker.heartbeat < now - grace_seconds))
+        # Who claims is alive, even if its heartbeat has not come through for a while: nobody shall adopt these at once.
+        session.execute(sa.update(Worker).where(Worker.id == worker_id).values(heartbeat=now))
+        alive = sa.select(Worker.id).where(Worker.state != "stopped", Worker.heartbeat >= now - grace_seconds)
         free = sa.or_(
             Ticket.state == "open",
-            sa.and_(Ticket.state.in_(("running", "finishing")), Ticket.worker_id.in_(gone)),
+            sa.and_(
+                Ticket.state.in_(("running", "finishing")),
+                Ticket.worker_id != worker_id,
+                Ticket.worker_id.not_in(alive),
+            ),
         )
         rows = session.scalars(
             sa.select(Ticket)
@@ -107,7 +114,7 @@ def claim(
             elif row.state != "finishing":
                 row.state = "running"
                 row.attempts += 1
-            row.worker_id = worker_id
+            row.worker_id, row.slot = worker_id, None
             row.generation += 1
             row.started_at = row.started_at or now
         return [_claim(row, worker_id) for row in rows]
@@ -154,7 +161,8 @@ def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) ->
         for kept_claim, result in kept:
             row = held[kept_claim.ticket_id]
             row.state, row.outcome = "finishing", result.outcome
-            row.value, row.reason = result.value, result.reason
+            row.value = result.value if result.value is not None and math.isfinite(result.value) else None
+            row.reason = result.reason.replace("\0", "") if result.reason is not None else None  # PostgreSQL refuses it
             row.measures = dict(result.measures) if result.measures is not None else None
         return kept
 
@@ -182,6 +190,13 @@ def read_epochs(database: Database, ticket_id: int) -> list[EpochRecord]:
         return [epoch_record(row) for row in rows]
 
 
+def noted_trials(database: Database, study_id: int) -> dict[int, tuple[int | None, bool]]:
+    """For each ticket of a study the Optuna trial that is noted on it, and whether it is done."""
+    with database.read() as session:
+        rows = session.execute(sa.select(Ticket.id, Ticket.trial_id, Ticket.state).where(Ticket.study_id == study_id))
+        return {ticket_id: (trial_id, state == "done") for ticket_id, trial_id, state in rows}
+
+
 def epoch_record(row: Epoch) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
@@ -199,6 +214,7 @@ def _held(session: Session, claims: Sequence[Claim], states: Sequence[str]) -> d
             Ticket.worker_id.in_({c.worker_id for c in claims}),
             Ticket.state.in_(states),
         )
+        .order_by(Ticket.id)  # two who lock several rows in one order cannot wait for each other
         .with_for_update()
     )
     return {row.id: row for row in rows if row.generation == generation[row.id]}

@@ -43,6 +43,7 @@ def submit_study(database: Database, spec: StudySpec, folder: str | None, design
     Raises:
         StudyChangedError: a study of that name is there and differs in more than a larger budget.
     """
+    points = {o: design(o) for o in _short_of_tickets(database, spec)}  # may take long: not while others wait
     with database.write() as session:
         session.execute(_insert_study(database, spec, folder))
         row = session.scalars(sa.select(Study).where(Study.name == spec.name).with_for_update()).one()
@@ -55,9 +56,9 @@ def submit_study(database: Database, spec: StudySpec, folder: str | None, design
             )
         if spec.budget.trials > held.budget.trials:
             row.spec, row.spec_hash = spec.canonical(), spec_hash(spec)
-        grown = _add_tickets(session, row, spec, design)
+        grown = _add_tickets(session, row, spec, lambda o: points[o] if o in points else design(o))
         if grown:
-            row.phase, row.finished_at = "search", None
+            row.phase, row.finished_at, row.parent_published = "search", None, None
         return _record(row)
 
 
@@ -123,16 +124,27 @@ def _insert_study(database: Database, spec: StudySpec, folder: str | None) -> An
     )
 
 
+def _count_tickets(session: Session, study: str, optimizer: str) -> int:
+    counted = (
+        sa.select(sa.func.count())
+        .select_from(Ticket)
+        .join(Study, Ticket.study_id == Study.id)
+        .where(Study.name == study, Ticket.optimizer == optimizer, Ticket.kind == "search")
+    )
+    return session.scalar(counted) or 0
+
+
+def _short_of_tickets(database: Database, spec: StudySpec) -> list[str]:
+    """The optimizers that have fewer tickets than the budget."""
+    with database.read() as session:
+        return [o for o in spec.optimizers if _count_tickets(session, spec.name, o) < spec.budget.trials]
+
+
 def _add_tickets(session: Session, row: Study, spec: StudySpec, design: Design) -> int:
     """Add the search tickets that the budget has and the database has not; returns how many."""
     added = 0
     for number, optimizer in enumerate(spec.optimizers):
-        there = session.scalar(
-            sa.select(sa.func.count())
-            .select_from(Ticket)
-            .where(Ticket.study_id == row.id, Ticket.optimizer == optimizer, Ticket.kind == "search")
-        )
-        positions = range(there or 0, spec.budget.trials)
+        positions = range(_count_tickets(session, spec.name, optimizer), spec.budget.trials)
         fixed = design(optimizer) if positions else None
         session.add_all(
             Ticket(

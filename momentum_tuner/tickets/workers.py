@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from momentum_tuner.database import Database, Worker, database_now
+from momentum_tuner.errors import describe_failure
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,15 @@ class Heartbeat:
         self._thread.join(timeout=5)
 
     def _beat(self) -> None:
+        failing = False
         while not self._stop.wait(self._every):
             try:
                 with self._database.write() as session:
                     session.execute(
                         sa.update(Worker).where(Worker.id == self._worker_id).values(heartbeat=database_now())
                     )
+                failing = False
             except Exception as error:
-                logger.warning("heartbeat: %s; trying again", error)
+                if not failing:  # say it once, not every few seconds
+                    logger.warning("heartbeat: %s; trying again", describe_failure(error))
+                failing = True

@@ -8,69 +8,53 @@ tag, a point has the time at which it was recorded), so that nothing appears twi
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from momentum_tuner.database import Database, Epoch, Study, Ticket, database_now
-from momentum_tuner.errors import TrackingError, redact
-from momentum_tuner.spec import StudySpec
-from momentum_tuner.tickets import (
-    StudyRecord,
-    best_settings,
-    epoch_record,
-    find_study,
-    list_studies,
-    study_progress,
-)
+from momentum_tuner.errors import redact
+from momentum_tuner.spec import spec_hash
+from momentum_tuner.tickets import StudyRecord, best_settings, epoch_record, study_progress
 from momentum_tuner.tracking.runs import (
     PARENT_TAG,
+    SPEC_TAG,
     STATUS,
-    STUDY_TAG,
-    TICKET_TAG,
     Point,
     epoch_points,
     final_points,
     run_name,
     study_params,
+    study_result,
+    study_tags,
     trial_params,
     trial_tags,
 )
+from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-LEASE_SECONDS = 30.0
+LEASE_SECONDS = 60.0
+RENEW_SECONDS = 10.0
+"""How old a lease may be when something is shown: far below `LEASE_SECONDS`, as MLflow may take long to answer."""
 FLUSH_TICKETS = 32
 LIVE_SECONDS = 5.0
-"""How often the curve of a trial that still runs is brought up to date."""
-_POINTS_PER_CALL = 1000  # MLflow's limit for log_batch
+"""How often the curves of trials that still run are brought up to date, if that is quick."""
+LIVE_SHARE = 0.1
+"""The largest share of its time that the publisher spends on them."""
 
 
-def check_tracking_uri(uri: str) -> str:
-    """A tracking URI that MLflow 3 can use, unchanged.
-
-    Raises:
-        TrackingError: it has no scheme or one that MLflow has given up.
-    """
-    scheme = uri.split(":", 1)[0] if ":" in uri else ""
-    if scheme in {"sqlite", "postgresql", "mysql", "http", "https", "databricks"} or "+" in scheme:
-        return uri
-    raise TrackingError(
-        f"--tracking-uri {redact(uri)!r} is not supported; write sqlite:///mlflow.db or http://host:5000 "
-        "(MLflow 3 has no file store)"
-    )
+class LeaseLostError(Exception):
+    """Another publisher works on this study now."""
 
 
-def quiet_mlflow() -> None:
-    """Settings of MLflow for this process, where the user has made none: no telemetry, no long silent retries."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+class RunsChangedError(Exception):
+    """MLflow has not the runs that it had; what is there has to be learned again."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +65,13 @@ class PassResult:
         trials: how many were brought up to date.
         complete: whether the study is done and all of it is shown.
         busy: whether another publisher holds the lease, so that nothing was done.
+        refused: how many trials MLflow does not take.
     """
 
     trials: int = 0
     complete: bool = False
     busy: bool = False
+    refused: int = 0
 
 
 class Publisher:
@@ -96,40 +82,55 @@ class Publisher:
         study: the study.
         tracking_uri: where MLflow is.
         name: who holds the lease, unique.
+
+    Raises:
+        TrackingError: the tracking URI cannot be used.
     """
 
     def __init__(self, database: Database, study: StudyRecord, tracking_uri: str, name: str) -> None:
-        quiet_mlflow()
-        from mlflow import MlflowClient
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         self.database = database
         self.study = study
         self.name = name
-        self._client = MlflowClient(tracking_uri=check_tracking_uri(tracking_uri))
-        self._identity = f"{study.name}:{study.created_at:.3f}"
-        self._experiment_id: str | None = None
-        self._parent_id: str | None = None
-        self._runs: dict[str, str] = {}  # ticket -> run, as far as MLflow had them when the lease was taken
-        self._live: dict[int, float] = {}  # ticket -> when its curve was last shown
+        self._store = RunStore(tracking_uri, study.name, f"{study.name}:{study.created_at:.3f}")
+        self._learned = False
+        self._leased = -float("inf")
+        self._live_due = 0.0
+        self._doubted: set[int] = set()
+        self._refused: set[int] = set()
 
     def publish(self) -> PassResult:
         """One pass: the parent run, trials that have ended, curves of those that run."""
-        if not self._take_lease():
-            return PassResult(busy=True)
-        if self._parent_id is None:
-            self._open_experiment()
-        shown = 0
-        while tickets := self._pending():
-            for ticket in tickets:
-                self._publish_ticket(ticket)
-            shown += len(tickets)
-            self._take_lease()
-        return PassResult(shown, self._publish_parent())
+        while True:
+            try:
+                self._take_lease()
+                if not self._learned:
+                    self._learn()
+                    self._show_parent()
+                shown = 0
+                for tickets in self._batches():
+                    shown += self._publish_tickets(tickets)
+                return PassResult(shown, self._publish_result(), refused=len(self._refused))
+            except LeaseLostError:
+                self._learned = False  # who holds the lease now makes runs that are not known here
+                return PassResult(busy=True)
+            except RunsChangedError:
+                self._learned = False
+
+    def show_waiting(self) -> None:
+        """Show the parent and the trials that were given back as scheduled: nobody works on them now."""
+        with self.database.read() as session:
+            row = session.get(Study, self.study.id)
+            waiting = session.scalars(
+                sa.select(Ticket.id).where(Ticket.study_id == self.study.id, Ticket.state == "open")
+            ).all()
+        if row is None or row.phase == "done" or row.publisher != self.name or not self._learned:
+            return
+        for key in (*map(str, waiting), PARENT):
+            if key in self._store.runs:
+                self._store.set_status(self._store.runs[key], "SCHEDULED")
 
     def close(self) -> None:
-        """Give the lease back; a study that is not done is shown as waiting, not as running."""
+        """Give the lease back."""
         with self.database.write() as session:
             session.execute(
                 sa.update(Study)
@@ -137,22 +138,12 @@ class Publisher:
                 .values(publisher=None, publisher_until=None)
             )
 
-    def show_waiting(self) -> None:
-        """Show the parent and the trials that were given back as scheduled: nobody works on them now."""
-        with self.database.read() as session:
-            phase = session.scalar(sa.select(Study.phase).where(Study.id == self.study.id))
-            waiting = session.scalars(
-                sa.select(Ticket.run_id).where(
-                    Ticket.study_id == self.study.id, Ticket.state == "open", Ticket.run_id.is_not(None)
-                )
-            ).all()
-        if phase != "done" and self._parent_id is not None:
-            for run_id in (*waiting, self._parent_id):
-                self._client.update_run(run_id, status="SCHEDULED")
+    # The lease
 
-    def _take_lease(self) -> bool:
+    def _take_lease(self) -> None:
+        asked = time.monotonic()
         with self.database.write() as session:
-            taken = session.execute(
+            taken = session.scalar(
                 sa.update(Study)
                 .where(
                     Study.id == self.study.id,
@@ -163,166 +154,195 @@ class Publisher:
                     ),
                 )
                 .values(publisher=self.name, publisher_until=database_now() + LEASE_SECONDS)
+                .returning(Study.id)
             )
-            return bool(taken.rowcount)  # type: ignore[attr-defined]
+        if taken is None:
+            raise LeaseLostError
+        self._leased = asked
 
-    def _open_experiment(self) -> None:
-        """Find or make the experiment and the parent run, and learn which runs are there already."""
-        from mlflow.entities import LifecycleStage
+    def _keep_lease(self) -> None:
+        if time.monotonic() - self._leased > RENEW_SECONDS:
+            self._take_lease()
 
-        experiment = self._client.get_experiment_by_name(self.study.name)
-        if experiment is None:
-            experiment_id = self._client.create_experiment(self.study.name)
-        else:
-            experiment_id = experiment.experiment_id
-            if experiment.lifecycle_stage == LifecycleStage.DELETED:
-                self._client.restore_experiment(experiment_id)
-        self._experiment_id = experiment_id
-        self._runs = {}
-        parent = None
-        for run in self._search(experiment_id):
-            if PARENT_TAG not in run.data.tags:
-                parent = parent or run.info.run_id
-            elif TICKET_TAG in run.data.tags:
-                self._runs[run.data.tags[TICKET_TAG]] = run.info.run_id
-        if parent is None:
-            parent = self._create_parent(experiment_id)
-        else:
-            self._client.update_run(parent, status="RUNNING")
-        self._parent_id = parent
-        with self.database.write() as session:
-            row = session.get_one(Study, self.study.id)
-            row.experiment_id, row.parent_run_id, row.parent_published = experiment_id, parent, None
-            self._forget_what_is_gone(session, experiment_id)
+    def _held(self, session: Session) -> Study:
+        """The study's row, locked, while the lease is held: nothing is noted without it."""
+        row = session.scalars(sa.select(Study).where(Study.id == self.study.id).with_for_update()).one_or_none()
+        if row is None or row.publisher != self.name:
+            raise LeaseLostError
+        return row
 
-    def _search(self, experiment_id: str) -> list[Any]:
-        found: list[Any] = []
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [experiment_id], f"tags.`{STUDY_TAG}` = '{self._identity}'", max_results=1000, page_token=token
-            )
-            found += page
-            token = page.token
-            if not token:
-                return found
+    # What MLflow has
 
-    def _create_parent(self, experiment_id: str) -> str:
-        from mlflow.entities import Param
-
-        spec: StudySpec = self.study.spec
-        run = self._client.create_run(
-            experiment_id,
-            start_time=int(self.study.created_at * 1000),
-            tags={STUDY_TAG: self._identity},
-            run_name=self.study.name,
-        )
-        self._client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in study_params(spec).items()])
-        self._client.log_text(run.info.run_id, spec.to_yaml(), "study.yaml")
-        run_id: str = run.info.run_id
-        return run_id
-
-    def _forget_what_is_gone(self, session: Any, experiment_id: str) -> None:
-        """Runs that MLflow no longer has (its database was deleted) are to be shown anew, from the start."""
-        known = set(self._runs.values())
-        rows = session.scalars(sa.select(Ticket).where(Ticket.study_id == self.study.id, Ticket.run_id.is_not(None)))
-        for row in rows:
-            if row.run_id not in known:
-                row.run_id, row.published_epoch, row.published_outcome = None, -1, None
-
-    def _pending(self) -> list[Ticket]:
-        """Tickets with something to show: ended ones first, then running ones whose curve is due."""
+    def _learn(self) -> bool:
+        """Learn which runs MLflow has; returns whether it has all it was shown: what it lost is to be shown anew."""
         with self.database.read() as session:
-            ended = session.scalars(
+            noted = session.execute(
+                sa.select(Ticket.id, Ticket.run_id).where(Ticket.study_id == self.study.id, Ticket.run_id.is_not(None))
+            )
+            keep = {str(ticket_id): run_id or "" for ticket_id, run_id in noted}
+            parent_id = session.scalar(sa.select(Study.parent_run_id).where(Study.id == self.study.id))
+        self._store.learn(keep | {PARENT: parent_id or ""})
+        whole = True
+        with self.database.write() as session:
+            self._held(session)
+            shown = session.scalars(
                 sa.select(Ticket)
-                .where(
-                    Ticket.study_id == self.study.id,
-                    Ticket.state == "done",
-                    Ticket.trial_number.is_not(None),
-                    Ticket.published_outcome.is_(None),
-                )
+                .where(Ticket.study_id == self.study.id, Ticket.run_id.is_not(None))
+                .order_by(Ticket.id)
+            )
+            for row in shown:
+                run = self._store.runs.get(str(row.id))
+                ended = None if row.published_outcome is None else STATUS[row.published_outcome]
+                if run is None or run.id != row.run_id or ended not in (None, run.status):
+                    row.run_id, row.published_epoch, row.published_outcome = None, -1, None
+                    whole = False
+        self._learned = True
+        return whole
+
+    def _show_parent(self) -> None:
+        """Find or make the parent run, with what the study file says."""
+        spec = self.study.spec
+        self._keep_lease()
+        parent = self._store.runs.get(PARENT)
+        if parent is None:
+            parent = self._store.create(PARENT, self.study.name, self.study.created_at, study_tags(spec))
+        self._store.link(parent)
+        digest = spec_hash(spec)
+        if parent.tags.get(SPEC_TAG) != digest:
+            self._store.show(parent, params=study_params(spec), tags=study_tags(spec))
+            try:
+                self._store.show_file(parent, spec.to_yaml(), "study.yaml")
+            except Exception as error:  # the server may keep its files where this machine cannot write
+                logger.info("study.yaml could not be added to its run in MLflow: %s", short_reason(error))
+            else:
+                self._store.show(parent, tags={SPEC_TAG: digest})
+        with self.database.write() as session:
+            row = self._held(session)
+            if row.phase != "done" or parent.status != "FINISHED" or row.parent_run_id != parent.id:
+                row.parent_published = None
+            row.experiment_id, row.parent_run_id = self._store.experiment_id, parent.id
+            done = row.phase == "done"
+        if not done:
+            self._store.set_status(parent, "RUNNING")
+
+    # Trials
+
+    def _batches(self) -> Iterator[Sequence[Ticket]]:
+        """Tickets with something to show: ended ones first, then running ones if their curves are due."""
+        while ended := self._ended():
+            yield ended
+        start = time.monotonic()
+        if start < self._live_due:
+            return
+        running = self._running()
+        for first in range(0, len(running), FLUSH_TICKETS):
+            yield running[first : first + FLUSH_TICKETS]
+        end = time.monotonic()
+        self._live_due = end + max(LIVE_SECONDS, (end - start) / LIVE_SHARE)
+
+    def _ended(self) -> Sequence[Ticket]:
+        with self.database.read() as session:
+            return session.scalars(
+                self._tickets()
+                .where(Ticket.state == "done", Ticket.published_outcome.is_(None))
                 .order_by(Ticket.finished_at, Ticket.id)
                 .limit(FLUSH_TICKETS)
             ).all()
-            if ended:
-                return list(ended)
-            now = session.scalar(sa.select(database_now())) or 0.0
-            running = session.scalars(
-                sa.select(Ticket).where(
-                    Ticket.study_id == self.study.id,
-                    Ticket.state == "running",
-                    Ticket.trial_number.is_not(None),
-                    Ticket.started_at < now - LIVE_SECONDS,
-                )
-            ).all()
-        due = time.monotonic() - LIVE_SECONDS
-        return [t for t in running if self._live.get(t.id, 0.0) < due][:FLUSH_TICKETS]
 
-    def _publish_ticket(self, ticket: Ticket) -> None:
+    def _running(self) -> Sequence[Ticket]:
+        news = sa.exists().where(Epoch.ticket_id == Ticket.id, Epoch.epoch > Ticket.published_epoch)
         with self.database.read() as session:
-            rows = session.scalars(
-                sa.select(Epoch)
-                .where(Epoch.ticket_id == ticket.id, Epoch.epoch > ticket.published_epoch)
-                .order_by(Epoch.epoch)
+            return session.scalars(
+                self._tickets()
+                .where(Ticket.state == "running", Ticket.started_at < database_now() - LIVE_SECONDS, news)
+                .order_by(Ticket.id)
             ).all()
-        run_id = ticket.run_id or self._runs.get(str(ticket.id)) or self._create_run(ticket)
+
+    def _tickets(self) -> sa.Select[Ticket]:
+        return sa.select(Ticket).where(
+            Ticket.study_id == self.study.id,
+            Ticket.trial_number.is_not(None),
+            Ticket.id.not_in(self._refused),
+        )
+
+    def _publish_tickets(self, tickets: Sequence[Ticket]) -> int:
+        """Show some tickets and note it; returns how many."""
+        curves = self._curves(tickets)
+        notes: list[dict[str, Any]] = []
+        try:
+            for ticket in tickets:
+                self._keep_lease()
+                try:
+                    notes.append(self._publish_ticket(ticket, curves[ticket.id]))
+                except Exception as error:
+                    if not is_refusal(error):
+                        raise
+                    self._doubt(ticket, error)
+        finally:
+            if notes:
+                with self.database.write() as session:
+                    self._held(session)
+                    session.execute(sa.update(Ticket), sorted(notes, key=lambda note: note["id"]))
+        return len(notes)
+
+    def _doubt(self, ticket: Ticket, error: Exception) -> None:
+        """A run that somebody has deleted is made again; a trial that MLflow does not take is left out."""
+        if ticket.id not in self._doubted:
+            self._doubted.add(ticket.id)
+            raise RunsChangedError from error
+        self._refused.add(ticket.id)
+        logger.warning(
+            "MLflow does not take trial %s %s: %s", ticket.optimizer, ticket.trial_number, short_reason(error)
+        )
+
+    def _curves(self, tickets: Sequence[Ticket]) -> dict[int, list[Epoch]]:
+        """The epochs of these tickets that were not shown yet, in order."""
+        curves: dict[int, list[Epoch]] = defaultdict(list)
+        with self.database.read() as session:
+            for row in session.scalars(
+                sa.select(Epoch)
+                .join(Ticket, Ticket.id == Epoch.ticket_id)
+                .where(Ticket.id.in_([t.id for t in tickets]), Epoch.epoch > Ticket.published_epoch)
+                .order_by(Epoch.ticket_id, Epoch.epoch)
+            ):
+                curves[row.ticket_id].append(row)
+        return curves
+
+    def _publish_ticket(self, ticket: Ticket, curve: Sequence[Epoch]) -> dict[str, Any]:
+        """Show a trial as it is now; returns what to note of it."""
+        run = self._run_of(ticket)
+        points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
         done = ticket.state == "done"
-        points = epoch_points([(epoch_record(row), row.recorded_at) for row in rows])
         if done:
             points += final_points(ticket)
-        self._log(run_id, points, trial_params(ticket), trial_tags(ticket))
+        self._store.show(run, points, trial_params(ticket), trial_tags(ticket))
         if done:
-            end = int((ticket.finished_at or 0.0) * 1000)
-            self._client.set_terminated(run_id, STATUS[ticket.outcome or "failed"], end)
-            self._live.pop(ticket.id, None)
+            self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
         else:
-            self._live[ticket.id] = time.monotonic()
-        with self.database.write() as session:
-            session.execute(
-                sa.update(Ticket)
-                .where(Ticket.id == ticket.id)
-                .values(
-                    run_id=run_id,
-                    published_epoch=rows[-1].epoch if rows else ticket.published_epoch,
-                    published_outcome=ticket.outcome if done else None,
-                )
-            )
+            self._store.set_status(run, "RUNNING")
+        return {
+            "id": ticket.id,
+            "run_id": run.id,
+            "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
+            "published_outcome": ticket.outcome if done else None,
+        }
 
-    def _create_run(self, ticket: Ticket) -> str:
-        run = self._client.create_run(
-            self._experiment_id,
-            start_time=int((ticket.started_at or 0.0) * 1000),
-            tags={
-                STUDY_TAG: self._identity,
-                TICKET_TAG: str(ticket.id),
-                PARENT_TAG: self._parent_id,
-            },
-            run_name=run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}),
-        )
-        run_id: str = run.info.run_id
-        self._runs[str(ticket.id)] = run_id
-        return run_id
+    def _run_of(self, ticket: Ticket) -> Run:
+        found = self._store.runs.get(str(ticket.id))
+        if found is not None:
+            return found
+        name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {})
+        tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
+        return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)
 
-    def _log(self, run_id: str, points: Sequence[Point], params: dict[str, str], tags: dict[str, str]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    # The result
 
-        metrics = [Metric(p.key, p.value, p.timestamp, p.step) for p in points]
-        self._client.log_batch(
-            run_id,
-            metrics=metrics[: _POINTS_PER_CALL - 100],
-            params=[Param(k, v) for k, v in params.items()],
-            tags=[RunTag(k, v) for k, v in tags.items()],
-        )
-        for start in range(_POINTS_PER_CALL - 100, len(metrics), _POINTS_PER_CALL):
-            self._client.log_batch(run_id, metrics=metrics[start : start + _POINTS_PER_CALL])
-
-    def _publish_parent(self) -> bool:
+    def _publish_result(self) -> bool:
         """Show the study's counts and best values; True once it is done and all is shown."""
-        from mlflow.entities import Metric, Param
-
-        progress = study_progress(self.database, self.study)
         with self.database.read() as session:
-            row = session.get_one(Study, self.study.id)
+            row = session.get(Study, self.study.id)
+            if row is None:
+                raise LeaseLostError
             unshown = session.scalar(
                 sa.select(sa.func.count())
                 .select_from(Ticket)
@@ -336,96 +356,20 @@ class Publisher:
             return False
         if row.parent_published == "done":
             return True
-        assert self._parent_id is not None
-        finished = int((row.finished_at or 0.0) * 1000)
-        counts = {
-            name: sum(getattr(o, name) for o in progress.optimizers)
-            for name in ("complete", "pruned", "diverged", "failed")
-        }
-        metrics = [Metric(name, float(value), finished, 0) for name, value in counts.items()]
-        best = best_settings(self.database, self.study)
-        if best:
-            metrics.append(Metric("objective", best[0].objective, finished, 0))
-        params = [Param("best_optimizer", best[0].optimizer)] if best else []
-        params += [
-            Param(f"best_{b.optimizer}_{name}", f"{value:.8g}") for b in best for name, value in b.settings.items()
-        ]
-        self._client.log_batch(self._parent_id, metrics=metrics, params=params)
-        self._client.set_terminated(self._parent_id, "FINISHED", finished)
+        if not self._learn():  # once more at the end: nothing is missing, nothing is there twice
+            raise RunsChangedError
+        parent = self._store.runs.get(PARENT)
+        if parent is None:
+            raise RunsChangedError
+        finished = row.finished_at or 0.0
+        values, tags = study_result(study_progress(self.database, self.study), best_settings(self.database, self.study))
+        step = int(values["trials"])
+        points = [Point(name, value, int(finished * 1000), step) for name, value in values.items()]
+        self._store.show(parent, points, tags=tags)
+        self._store.end(parent, "FINISHED", finished)
         with self.database.write() as session:
-            session.execute(sa.update(Study).where(Study.id == self.study.id).values(parent_published="done"))
+            self._held(session).parent_published = "done"
         return True
-
-
-class PublisherLoop:
-    """Publishes several studies again and again, each by its own `Publisher`.
-
-    MLflow that does not answer is tried again with growing pauses; training knows nothing of it.
-
-    Args:
-        database: what is to be shown.
-        studies: names, or empty for every study of the database.
-        tracking_uri: where MLflow is.
-        name: who holds the leases, unique.
-    """
-
-    def __init__(self, database: Database, studies: Sequence[str], tracking_uri: str, name: str) -> None:
-        self.database = database
-        self.studies = tuple(studies)
-        self.tracking_uri = check_tracking_uri(tracking_uri)
-        self.name = name
-        self._publishers: dict[int, Publisher] = {}
-        self._whole: set[int] = set()
-        self._warned = False
-
-    def run(self, finishing: Callable[[], bool], every: float = 1.0) -> bool:
-        """Publish until `finishing()`, then once more.
-
-        Returns:
-            Whether MLflow shows all finished trials of these studies.
-        """
-        pause = every
-        while True:
-            last = finishing()
-            try:
-                self._pass()
-                pause = every
-                if last:
-                    self._leave()
-                    return True
-            except TrackingError:
-                raise
-            except Exception as error:
-                if not self._warned:
-                    logger.warning("MLflow does not answer (%s); training goes on", short_reason(error))
-                    self._warned = True
-                self._publishers.clear()
-                pause = min(pause * 2, 30.0)
-                if last:
-                    return False
-            deadline = time.monotonic() + pause
-            while time.monotonic() < deadline and not finishing():
-                time.sleep(0.1)
-
-    def _pass(self) -> None:
-        names = self.studies
-        studies = [find_study(self.database, name) for name in names] if names else list_studies(self.database)
-        for study in studies:
-            if study.id in self._whole and study.phase == "done":
-                continue
-            publisher = self._publishers.get(study.id)
-            if publisher is None:
-                publisher = Publisher(self.database, study, self.tracking_uri, self.name)
-                self._publishers[study.id] = publisher
-            if publisher.publish().complete:
-                self._whole.add(study.id)
-            else:
-                self._whole.discard(study.id)
-
-    def _leave(self) -> None:
-        for publisher in self._publishers.values():
-            publisher.show_waiting()
-            publisher.close()
 
 
 def short_reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ from momentum_tuner.database import Ticket
 from momentum_tuner.errors import redact
 from momentum_tuner.metrics import EpochRecord
 from momentum_tuner.spec import StudySpec
+from momentum_tuner.tickets import BestSetting, StudyProgress
 
 TICKET_TAG = "momentum_tuner.ticket"
 STUDY_TAG = "momentum_tuner.study"
+SPEC_TAG = "momentum_tuner.spec"
 PARENT_TAG = "mlflow.parentRunId"
 
 STATUS: Mapping[str, str] = {
@@ -93,9 +96,9 @@ def epoch_points(records: Sequence[tuple[EpochRecord, float]]) -> list[Point]:
     points: list[Point] = []
     for record, recorded_at in records:
         timestamp = int(recorded_at * 1000)
-        values = {name: record.value(name) for name in EPOCH_MEASURES}
+        values: dict[str, Any] = {name: getattr(record, name) for name in EPOCH_MEASURES}
         values |= {f"valid_{name}": value for name, value in record.metrics.items()}
-        points += [Point(n, float(v), timestamp, record.step) for n, v in values.items() if v is not None]
+        points += [Point(n, float(v), timestamp, record.step) for n, v in values.items() if _is_number(v)]
     return points
 
 
@@ -109,7 +112,12 @@ def final_points(ticket: Ticket) -> list[Point]:
         found["objective"] = ticket.value
     if "diverged_at_step" in measures:
         found["diverged_at_step"] = measures["diverged_at_step"]
-    return [Point(name, float(value), timestamp, step) for name, value in found.items()]
+    return [Point(name, float(value), timestamp, step) for name, value in found.items() if _is_number(value)]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether there is a value that MLflow can show: it has no infinity."""
+    return value is not None and math.isfinite(value)
 
 
 def study_params(spec: StudySpec) -> dict[str, str]:
@@ -121,7 +129,23 @@ def study_params(spec: StudySpec) -> dict[str, str]:
         "pruner": spec.pruner.name,
         "schedule": spec.schedule.name,
         "objective": f"{spec.objective.direction} {spec.objective.metric}",
-        "trials_per_optimizer": str(spec.budget.trials),
         "epochs": str(spec.budget.epochs),
         "seed": str(spec.seed),
     }
+
+
+def study_tags(spec: StudySpec) -> dict[str, str]:
+    """Tags of a study's parent run: what may grow, as params never change."""
+    return {"trials_per_optimizer": str(spec.budget.trials)}
+
+
+def study_result(progress: StudyProgress, best: Sequence[BestSetting]) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics and tags of a study that is done: its counts, its best value, and the best setting of each optimizer."""
+    names = ("complete", "pruned", "diverged", "failed")
+    values = {name: float(sum(getattr(o, name) for o in progress.optimizers)) for name in names}
+    values["trials"] = float(progress.done)
+    tags = {f"best_{b.optimizer}_{name}": f"{value:.8g}" for b in best for name, value in b.settings.items()}
+    if best:
+        values["objective"] = best[0].objective
+        tags["best_optimizer"] = best[0].optimizer
+    return values, tags

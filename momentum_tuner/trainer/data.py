@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.data import TensorDataset
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.data import DataLoader, TensorDataset
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
-from momentum_tuner.trainer.dropout import mix_seed
+from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
 EVALUATION_BATCH = 1024
 """Validation examples per forward pass, the same for every width, so that the width does not change a sum's order."""
@@ -33,16 +32,20 @@ class Batch:
         tensors: what the task's loss gets (any nesting of tuples, lists and dicts of tensors; None for a landscape),
             every tensor with a leading `[slots]` axis unless it is shared.
         shared: whether all slots train on the same minibatch, without that axis.
+        separate: whether `tensors` is a list of one minibatch per slot, as theirs cannot be stacked.
     """
 
     tensors: Any
     shared: bool
+    separate: bool = False
 
 
 def slice_slot(batch: Batch, slot: int) -> Any:
     """The minibatch of one slot, as the task's loss gets it."""
     if batch.shared:
         return batch.tensors
+    if batch.separate:
+        return batch.tensors[slot]
     return tree_map(lambda t: t[slot] if isinstance(t, Tensor) else t, batch.tensors)
 
 
@@ -117,7 +120,8 @@ class LoaderSource:
     Args:
         batches: can be iterated anew each epoch.
         steps: batches to take per epoch.
-        place: moves a batch to the device.
+        device: where the batches go.
+        dtype: of their floating-point tensors; None leaves it.
     """
 
     def __init__(self, batches: Iterable[Any], steps: int, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -129,81 +133,67 @@ class LoaderSource:
     def epoch(self, orders: Sequence[Order]) -> Iterator[Batch]:
         """The epoch's batches, stacked over slots where their orders differ."""
         kinds, kind_of_slot = distinct(orders)
-        streams = [self._stream(kind) for kind in kinds]
+        streams = [seeded_iterator(self.batches, mix_seed(*kind)) for kind in kinds]
         done = 0
         for parts in itertools.islice(zip(*streams, strict=False), self.steps):
             done += 1
-            if len(kinds) == 1:
-                yield Batch(place(parts[0], self.device, self.dtype), shared=True)
-            else:
-                yield Batch(self._stack(parts, kind_of_slot), shared=False)
+            placed = [place(part, self.device, self.dtype) for part in parts]
+            yield Batch(placed[0], shared=True) if len(kinds) == 1 else stack_batches(placed, kind_of_slot)
         if done < self.steps:
             raise TaskError(
                 f"task.train: gave {done} batches where {self.steps} were expected; "
                 "every epoch must have the same number"
             )
 
-    def _stream(self, order: Order) -> Iterator[Any]:
-        state = _RandomState.seeded(mix_seed(*order))
-        with state:
-            iterator = iter(self.batches)
-        while True:
-            with state:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch
 
-    def _stack(self, parts: Sequence[Any], kind_of_slot: Sequence[int]) -> Any:
-        def join(*tensors: Any) -> Any:
-            if not isinstance(tensors[0], Tensor):
-                return tensors[0]
-            if len({t.shape for t in tensors}) > 1:
-                raise TaskError(
-                    "task.train: batches of one step differ in shape between data orders; "
-                    "let every batch have the same shape (drop_last=True, padding)"
-                )
-            return torch.stack(tensors)[kind_of_slot]
+def seeded_iterator(batches: Iterable[Any], seed: int) -> Iterator[Any]:
+    """Iterate once with the random generators seeded, and the caller's state in them between the batches.
 
-        return place(tree_map(join, parts[0], *parts[1:]), self.device, self.dtype)
+    Args:
+        batches: the task's iterable.
+        seed: for torch, NumPy, Python and the generators that a DataLoader and its samplers hold.
+    """
+    generators: list[torch.Generator] = []
+    if isinstance(batches, DataLoader):
+        parts = (batches, batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None))
+        held = (getattr(part, "generator", None) for part in parts)
+        generators = list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
+        if batches.persistent_workers:
+            # Persistent workers keep their random state over epochs, and serve one iteration at a time.
+            batches = copy.copy(batches)
+            vars(batches).update(persistent_workers=False, _iterator=None)
+    stream = RandomStream(seed, generators)
+    with stream:
+        iterator = iter(batches)
+    while True:
+        with stream:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
 
 
-class _RandomState:
-    """The global generators of torch, NumPy and Python as one stream; `with` swaps them in and out."""
+def stack_batches(parts: Sequence[Any], kind_of_slot: Sequence[int]) -> Batch:
+    """One minibatch for all slots from one per kind; separate ones where shapes or other values differ."""
+    flat, specs = zip(*(tree_flatten(part) for part in parts), strict=True)
+    leaves = list(zip(*flat, strict=False))
+    if any(spec != specs[0] for spec in specs) or not all(_alike(leaf) for leaf in leaves):
+        return Batch([parts[kind] for kind in kind_of_slot], shared=False, separate=True)
+    stacked = [
+        torch.stack([leaf[kind] for kind in kind_of_slot]) if isinstance(leaf[0], Tensor) else leaf[0]
+        for leaf in leaves
+    ]
+    return Batch(tree_unflatten(stacked, specs[0]), shared=False)
 
-    def __init__(self) -> None:
-        self._mine: tuple[Any, ...] = ()
-        self._outer: tuple[Any, ...] = ()
 
-    @classmethod
-    def seeded(cls, seed: int) -> _RandomState:
-        state = cls()
-        outer = state._read()
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        state._mine = state._read()
-        state._write(outer)
-        return state
-
-    def __enter__(self) -> None:
-        self._outer = self._read()
-        self._write(self._mine)
-
-    def __exit__(self, *exc: object) -> None:
-        self._mine = self._read()
-        self._write(self._outer)
-
-    @staticmethod
-    def _read() -> tuple[Any, ...]:
-        return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-    @staticmethod
-    def _write(state: tuple[Any, ...]) -> None:
-        torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
-        random.setstate(state[2])
+def _alike(values: Sequence[Any]) -> bool:
+    """Whether tensors can be stacked, or plain values are equal."""
+    first = values[0]
+    if all(isinstance(v, Tensor) for v in values):
+        return all(v.shape == first.shape and v.dtype == first.dtype for v in values)
+    plain = (type(None), bool, int, float, str, bytes)
+    return all(type(v) is type(first) and isinstance(v, plain) and v == first for v in values)
 
 
 def place(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -218,21 +208,31 @@ def place(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return tree_map(move, batch)
 
 
-def training_source(task: Task, batch_size: int, device: torch.device, dtype: torch.dtype | None) -> Source:
-    """The task's training data at one batch size, on the device."""
-    if task.train is None:
-        assert task.steps_per_epoch is not None
-        return LandscapeSource(task.steps_per_epoch)
-    if isinstance(task.train, TensorDataset):
-        tensors = [place(t, device, dtype) for t in task.train.tensors]
-        source = MemorySource(tensors, batch_size)
-        if task.steps_per_epoch is not None:
-            source.steps = min(source.steps, task.steps_per_epoch)
-        return source
-    steps = task.steps_per_epoch
-    if steps is None:
-        steps = len(task.train)  # type: ignore[arg-type]  # Task checked that it has a length
-    return LoaderSource(task.train, steps, device, dtype)
+class TrainingData:
+    """A task's training data on the device, held once for all batch sizes."""
+
+    def __init__(self, task: Task, device: torch.device, dtype: torch.dtype | None) -> None:
+        self._task = task
+        self._device = device
+        self._dtype = dtype
+        self._tensors: list[Tensor] = []
+        if isinstance(task.train, TensorDataset):
+            self._tensors = [place(t, device, dtype) for t in task.train.tensors]
+
+    def source(self, batch_size: int) -> Source:
+        """The minibatches at one batch size (of no effect for iterables and landscapes)."""
+        steps = self._task.steps_per_epoch
+        train = self._task.train
+        if train is None:
+            assert steps is not None
+            return LandscapeSource(steps)
+        if isinstance(train, TensorDataset):
+            source = MemorySource(self._tensors, batch_size)
+            source.steps = min(source.steps, steps or source.steps)
+            return source
+        if steps is None:
+            steps = len(train)  # type: ignore[arg-type]  # Task checked that it has a length
+        return LoaderSource(train, steps, self._device, self._dtype)
 
 
 @dataclass(frozen=True)
@@ -269,11 +269,9 @@ class Validation:
             yield from self._batches
             return
         assert self._iterable is not None
-        state = _RandomState.seeded(0)
-        with state:
-            for raw in self._iterable:
-                batch = place(raw, self._device, self._dtype)
-                yield ValidationBatch(Batch(batch, shared=True), _examples(batch))
+        for raw in seeded_iterator(self._iterable, 0):
+            batch = place(raw, self._device, self._dtype)
+            yield ValidationBatch(Batch(batch, shared=True), _examples(batch))
 
 
 def _examples(batch: Any) -> int:

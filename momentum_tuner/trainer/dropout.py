@@ -12,11 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from momentum_tuner.trainer.randomness import FIRST, GOLDEN, SECOND, mix_seed
+
 _MASK = (1 << 64) - 1
-# Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit integers, which is what torch has.
-_GOLDEN = 0x9E3779B97F4A7C15
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
@@ -26,20 +24,9 @@ def _signed(value: int) -> int:
 
 def _mix(value: Tensor) -> Tensor:
     """splitmix64's finalizer over int64; the arithmetic right shift is made logical by a mask."""
-    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
-    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
+    value = (value ^ ((value >> 30) & ((1 << 34) - 1))) * _signed(FIRST)
+    value = (value ^ ((value >> 27) & ((1 << 37) - 1))) * _signed(SECOND)
     return value ^ ((value >> 31) & ((1 << 33) - 1))
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers, well spread (splitmix64 chained)."""
-    state = 0
-    for part in parts:
-        state = (state + (part & _MASK) + _GOLDEN) & _MASK
-        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
-        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
-        state ^= state >> 31
-    return state >> 1
 
 
 def step_keys(seeds: list[tuple[int, int]], steps: int) -> NDArray[np.int64]:
@@ -82,8 +69,8 @@ class KeyedDropout(nn.Module):
         self.calls.made += 1
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
         count = int(np.prod(shape))
-        index = torch.arange(1, count + 1, device=x.device, dtype=torch.int64) * _signed(_GOLDEN)
-        bits = _mix(_mix(self.key + _signed((call + 1) * _SECOND)) + index)
+        index = torch.arange(1, count + 1, device=x.device, dtype=torch.int64) * _signed(GOLDEN)
+        bits = _mix(_mix(self.key + _signed((call + 1) * SECOND)) + index)
         keep = ((bits >> 11) & ((1 << 53) - 1)) >= int(self.p * (1 << 53))
         return x * keep.view(shape).to(x.dtype) / (1.0 - self.p)
 
@@ -93,7 +80,7 @@ def key_dropout(model: nn.Module) -> tuple[list[str], _Calls]:
     calls = _Calls()
     names: list[str] = []
     for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
+        for child_name, child in list(module._modules.items()):  # named_children leaves out a layer's second name
             if type(child) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
                 assert isinstance(child, nn.modules.dropout._DropoutNd)
                 keyed = KeyedDropout(child.p, type(child) is not nn.Dropout, calls)

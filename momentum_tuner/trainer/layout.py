@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from momentum_tuner.errors import TaskError
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Run a block under torch's CPU generator seeded by `seed`; the generator's state is restored after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.utils._pytree import tree_map
 
+from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.dropout import key_dropout
-from momentum_tuner.trainer.layout import Layout, differing, seeded, state_beside_parameters
+from momentum_tuner.trainer.layout import Layout, differing, state_beside_parameters
+from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
 PARITY_TOLERANCE = 1e-2
 """Relative difference of a fused gradient from a solo one above which a model is not trusted to vmap."""
+
+_FUSED_LIBRARIES = ("mkldnn", "cudnn", "miopen")
+"""Libraries whose whole-layer operations vmap cannot batch, while torch's own in their place it can."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +74,24 @@ class Objective:
         self.autocast = precision == "bfloat16"
         self._dtype = data_dtype(precision)
         self.validation = Validation(task, device, self._dtype)
-        with seeded(0):
+        with RandomStream(0):
             model = self._build()
         self.wrapper = _Wrapper(model, task)
         self.keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
         self.layout = Layout.of(model)
         first = self._start(0)
-        self.shared = self._find_shared(first, probe)
+        self.shared: dict[str, Tensor] = {}
         """Buffers and frozen parameters that are alike for every seed and never change: held once, not per slot."""
-        self.reason: str | None = None
-        if mode == "sequential":
-            self.reason = "asked for"
-        elif mode == "auto":
-            self.reason = self._why_not_fused(probe)
+        self.shared = self._find_shared(first, probe)
+        self._versions = self._shared_versions()
+        self._native = False
+        self.reason: str | None = "asked for"
+        if mode != "sequential":
+            why = self._why_not_fused(probe)
+            if why is not None and any(library in why for library in _FUSED_LIBRARIES):
+                self._native = True
+                why = self._why_not_fused(probe)
+            self.reason = why if mode == "auto" else None
         self.batch_slots = self.reason is None
 
     @property
@@ -104,7 +117,7 @@ class Objective:
             keys: `[slots]` int64, what the slots' random numbers follow from, or None if the model draws none.
         """
         self.wrapper.train()
-        if not self.batch_slots:
+        if not self.batch_slots or batch.separate:
             return self._gradient_one_by_one(rows, buffers, batch, keys)
         grads, (loss, after) = self._fused_gradient(rows, buffers, batch, keys)
         for name, value in after.items():
@@ -112,28 +125,40 @@ class Objective:
                 buffers[name].copy_(value)
         return grads, loss
 
-    @torch.no_grad()
-    def evaluate(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch) -> Tensor:
-        """Loss and metrics `[slots, 1 + metrics]` at `rows` on one batch that all slots share, in eval mode."""
+    def evaluate(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int = 0) -> Tensor:
+        """Loss and metrics `[slots, 1 + metrics]` at `rows` on one batch that all slots share, in eval mode.
+
+        Args:
+            rows: `[slots, parameters]`.
+            buffers: the slots' own buffers by name; left unchanged.
+            data: the batch.
+            part: its number in the validation set; a model that draws random numbers draws the same ones for it
+                every time.
+        """
         self.wrapper.eval()
         if self.batch_slots:
-            fused: Tensor = vmap(self._forward, in_dims=(0, 0, None, None), randomness="error")(
-                rows, buffers, data.tensors, None
-            )
-            return fused
-        return torch.stack(
-            [
-                self._forward(rows[slot], {n: b[slot] for n, b in buffers.items()}, data.tensors, None)
-                for slot in range(len(rows))
-            ]
-        )
+            return self._fused_evaluation(rows, buffers, data)
+        return self._evaluate_one_by_one(rows, buffers, data, part)
+
+    def check_shared(self) -> None:
+        """See that nothing has written to what all slots share.
+
+        Raises:
+            TaskError: a buffer changed that had not changed in the first step.
+        """
+        changed = [name for name, version in self._shared_versions().items() if version != self._versions[name]]
+        if changed:
+            raise TaskError(_late_change(changed[0]))
+
+    def _shared_versions(self) -> dict[str, int]:
+        return {name: value._version for name, value in self.shared.items()}
 
     def _build(self) -> nn.Module:
         model = self.task.model()
         return model.to(dtype=self._dtype) if self._dtype is not None else model
 
     def _start(self, seed: int) -> Start:
-        with seeded(seed):
+        with RandomStream(seed):
             model = self._build()
         buffers = {f"model.{n}": b.detach().clone().to(self.device) for n, b in state_beside_parameters(model).items()}
         return Start(self.layout.flatten(model).to(self.device), buffers)
@@ -142,14 +167,12 @@ class Objective:
         """What is equal under two seeds and after a training step."""
         self.wrapper.to(self.device)
         if not first.buffers:
-            self.shared = {}
             return {}
-        self.shared = {}
         second = self._start(1)
         varying = differing(first.buffers, second.buffers)
         after = {name: value.clone() for name, value in first.buffers.items()}
         self.wrapper.train()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with RandomStream(0), torch.enable_grad():
             _, after = self._call(first.row, after, slice_slot(probe, 0), None)
         varying |= differing(first.buffers, after)
         return {name: value for name, value in first.buffers.items() if name not in varying}
@@ -168,10 +191,10 @@ class Objective:
                 out = functional_call(self.wrapper, state, (batch,))
         else:
             out = functional_call(self.wrapper, state, (batch,))
+        for name, value in self.shared.items():
+            if state[name] is not value:
+                raise TaskError(_late_change(name))
         return out, {name: state[name] for name in buffers}
-
-    def _forward(self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None) -> Tensor:
-        return self._call(row, buffers, batch, key)[0]
 
     def _loss(
         self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
@@ -182,9 +205,11 @@ class Objective:
     def _fused_gradient(
         self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        in_dims = (0, 0, None if batch.shared else 0, None if keys is None else 0)
+        batched = None if batch.shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch.tensors)
+        in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
-        grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
+        with self._operations():
+            grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
         return grads, aux
 
     def _gradient_one_by_one(
@@ -192,19 +217,57 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         grads = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            for slot in range(len(rows)):
-                key = None if keys is None else keys[slot]
-                if key is not None:
-                    torch.manual_seed(int(key))
+        seeds = [0] * len(rows) if keys is None else keys.tolist()
+        with RandomStream(0) as stream, torch.enable_grad():
+            for slot, seed in enumerate(seeds):
+                stream.reseed(seed)
                 row = rows[slot].detach().requires_grad_()
                 own = {name: value[slot] for name, value in buffers.items()}
-                loss, after = self._call(row, own, slice_slot(batch, slot), key)
+                loss, after = self._call(row, own, slice_slot(batch, slot), None if keys is None else keys[slot])
                 (grads[slot],) = torch.autograd.grad(loss, row)
                 losses[slot] = loss.detach()
                 for name, value in after.items():
-                    buffers[name][slot].copy_(value)
+                    buffers[name][slot].copy_(value.detach())
         return grads, losses
+
+    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch) -> Tensor:
+        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            def forward(row: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return self._call(row, own, data.tensors, None)[0]
+
+            # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
+            out: Tensor = vjp(forward, row)[0]
+            return out
+
+        with self._operations(), torch.no_grad():
+            fused: Tensor = vmap(one, randomness="error")(rows, buffers)
+        return fused
+
+    @torch.no_grad()
+    def _evaluate_one_by_one(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
+        found = []
+        with RandomStream(0) as stream:
+            for slot in range(len(rows)):
+                stream.reseed(mix_seed(part))
+                own = {name: value[slot].clone() for name, value in buffers.items()}
+                found.append(self._call(rows[slot], own, data.tensors, None)[0])
+        return torch.stack(found)
+
+    @contextmanager
+    def _operations(self) -> Iterator[None]:
+        """Torch's own operations in place of oneDNN's and cuDNN's while slots are fused, if the model needs that."""
+        if not self._native:
+            yield
+            return
+        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+            torch._C._set_cudnn_enabled(cudnn)
 
     def _why_not_fused(self, probe: Batch) -> str | None:
         """None if vmap batches the model well and rightly, else the reason in one line."""
@@ -215,28 +278,51 @@ class Objective:
         def buffers() -> dict[str, Tensor]:
             return {n: torch.stack([s.buffers[n] for s in starts]) for n in starts[0].buffers}
 
-        self.wrapper.train()
         try:
-            with vmap_warnings() as slow:
-                fused, _ = self._fused_gradient(rows, buffers(), probe, keys)
-            self.wrapper.eval()
-            with vmap_warnings() as slow_evaluation, torch.no_grad():
-                vmap(self._forward, in_dims=(0, 0, None, None), randomness="error")(
-                    rows, buffers(), slice_slot(probe, 0), None
-                )
+            with RandomStream(0), vmap_warnings() as slow:
+                data = next(iter(self.validation)).batch
+                before = random.getstate(), str(np.random.get_state())
+                self.wrapper.train()
+                fused, (losses, _) = self._fused_gradient(rows, buffers(), probe, keys)
+                self.wrapper.eval()
+                evaluated = self._fused_evaluation(rows, buffers(), data)
+                if before != (random.getstate(), str(np.random.get_state())):
+                    return "it draws from Python's or NumPy's random generator, which slots cannot share"
         except Exception as error:
-            return (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            )
-        for message in (*slow, *slow_evaluation):
-            return message
+            lines = str(error).strip().splitlines()
+            return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        if slow:
+            return slow[0]
         self.wrapper.train()
-        solo, _ = self._gradient_one_by_one(rows, buffers(), probe, keys)
-        scale = solo.norm().clamp_min(torch.finfo(solo.dtype).tiny)
-        difference = float((fused - solo).norm() / scale)
-        if difference > PARITY_TOLERANCE and not self.autocast:
-            return f"its fused gradient differs from the solo one by {difference:.1%}"
+        solo, solo_losses = self._gradient_one_by_one(rows, buffers(), probe, keys)
+        self.wrapper.eval()
+        solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
+        for what, ours, theirs in (
+            ("gradient", fused, solo),
+            ("loss", losses, solo_losses),
+            ("validation loss", evaluated[:, 0], solo_evaluated[:, 0]),
+        ):
+            difference = _relative_difference(ours, theirs)
+            # bfloat16 rounds the two so coarsely that nothing follows from a difference.
+            if difference > PARITY_TOLERANCE and not self.autocast:
+                return f"its fused {what} differs from the solo one by {difference:.1%}"
         return None
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm expected; infinite where only one of them is finite."""
+    finite = found.isfinite()
+    if not torch.equal(finite, expected.isfinite()):
+        return float("inf")
+    scale = expected[finite].norm().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found[finite] - expected[finite]).norm() / scale)
+
+
+def _late_change(name: str) -> str:
+    return (
+        f"task.model: {name.removeprefix('model.')} did not change in the first training step but did later; "
+        "let the model write to its buffers in every training step or in none"
+    )
 
 
 def data_dtype(precision: str) -> torch.dtype | None:

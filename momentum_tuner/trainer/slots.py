@@ -14,6 +14,7 @@ from torch import Tensor
 
 from momentum_tuner.catalog import OPTIMIZERS
 from momentum_tuner.metrics import (
+    DIVERGENCE_FACTOR,
     EpochRecord,
     SpikeState,
     StepTable,
@@ -123,6 +124,7 @@ class SlotBatch:
         self._rows = torch.empty(0)
         self._previous = torch.empty(0)
         self._update = torch.empty(0)
+        self._roots = torch.empty(0)  # square roots of the parameter tensors' sizes
         self._buffers: dict[str, Tensor] = {}
         self._slices: list[_Slice] = []
 
@@ -140,6 +142,7 @@ class SlotBatch:
         self._rows = torch.stack([s["parameters"] for s in states])
         self._previous = torch.stack([s["previous_update"] for s in states])
         self._update = torch.empty_like(self._rows)
+        self._roots = self._column([size**0.5 for size in self.objective.layout.sizes])
         prefix = "buffer/"
         self._buffers = {
             name.removeprefix(prefix): torch.stack([s[name] for s in states])
@@ -232,7 +235,8 @@ class SlotBatch:
         )
         active = torch.ones(len(slots), dtype=torch.bool, device=self._rows.device)
         rows_of: list[Tensor] = []
-        taken = torch.zeros(len(slots), dtype=dtype, device=self._rows.device)
+        wide = torch.promote_types(dtype, torch.float32)  # a bfloat16 cannot count to an epoch's steps
+        taken = torch.zeros(len(slots), dtype=wide, device=self._rows.device)
         looking_ahead = [s for s in self._slices if s.rule.lookahead]
 
         for step, batch in enumerate(self.source.epoch(orders)):
@@ -240,9 +244,10 @@ class SlotBatch:
             point = self._rows if not looking_ahead else self._ahead(looking_ahead, cycle, step)
             grads, loss = self.objective.gradient(point, self._buffers, batch, None if keys is None else keys[step])
             if step == 0:
-                # 10x the first loss, see metrics.divergence_limit
-                limit = torch.where(new, (loss + 9.0 * loss.abs()).clamp(max=largest), limit)
-            active &= loss <= limit  # false for NaN, and for infinity as the limit is finite
+                # as metrics.divergence_limit
+                margin = (DIVERGENCE_FACTOR - 1.0) * loss.abs()
+                limit = torch.where(new, (loss + margin).clamp(max=largest), limit)
+            active &= loss.isfinite() & (loss <= limit)
             norm, ratio = self._gradient_norms(grads)
             if max_norm is not None:
                 grads = grads * clip_scale(norm, max_norm)[:, None]
@@ -259,9 +264,10 @@ class SlotBatch:
                         torch.linalg.vector_norm(update, dim=1),
                         torch.linalg.vecdot(update, self._previous, dim=1),
                     )
-                )
+                ).to(wide)
             )
             self._update, self._previous = self._previous, update
+        self.objective.check_shared()
 
         table = torch.stack([*rows_of, taken.expand(5, -1)]).to("cpu", torch.float64).numpy()
         columns = (np.ascontiguousarray(table[:-1, i]) for i in range(5))
@@ -302,7 +308,7 @@ class SlotBatch:
         total = torch.linalg.vector_norm(norms, dim=0)
         if len(sizes) == 1:
             return total, torch.ones_like(total)
-        rms = norms / self._column([size**0.5 for size in sizes])[:, None]
+        rms = norms / self._roots[:, None]
         smallest = torch.where(rms > 0, rms, torch.inf).amin(0)
         return total, rms.amax(0) / smallest
 
@@ -334,7 +340,7 @@ class SlotBatch:
             step=slot.step,
             valid_loss=valid_loss,
             seconds=seconds,
-            distance=finite(distance),
+            distance=finite(float(distance)),
             metrics=named_metrics(self.objective, evaluated),
             diverged_at_step=slot.diverged_at_step,
             **measures,
@@ -347,8 +353,8 @@ def evaluate(
     """Validation loss and metrics `[slots, 1 + metrics]`, and distance to the optimum `[slots]` (NaN if unknown)."""
     total: Tensor | None = None
     weights = 0
-    for part in objective.validation:
-        values = objective.evaluate(rows, buffers, part.batch).to(torch.float64) * part.weight
+    for number, part in enumerate(objective.validation):
+        values = objective.evaluate(rows, buffers, part.batch, number).to(torch.float64) * part.weight
         total = values if total is None else total + values
         weights += part.weight
     assert total is not None

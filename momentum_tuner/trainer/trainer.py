@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from momentum_tuner.metrics import EpochRecord, finite
 from momentum_tuner.optim import make_schedule
 from momentum_tuner.tasks import Task
-from momentum_tuner.trainer.data import Batch, Source, training_source
+from momentum_tuner.trainer.data import Batch, Source, TrainingData
 from momentum_tuner.trainer.objective import Objective, data_dtype
 from momentum_tuner.trainer.slots import (
     Slot,
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FUSED_WIDTH = 64
 SEQUENTIAL_WIDTH = 8
 _REMEMBERED_SEEDS = 16
+_PROBE_EXAMPLES = 32  # as many as check_task takes
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trainer:
         self.task = task
         self.epochs = epochs
         self.device = torch.device(device)
-        self._dtype = data_dtype(precision)
+        self._data = TrainingData(task, self.device, data_dtype(precision))
         self._schedule = schedule or ScheduleSettings()
         self._batches: dict[int, SlotBatch] = {}
         self._sources: dict[int, Source] = {}
@@ -187,7 +188,7 @@ class Trainer:
 
     def _source(self, batch_size: int) -> Source:
         if batch_size not in self._sources:
-            self._sources[batch_size] = training_source(self.task, batch_size, self.device, self._dtype)
+            self._sources[batch_size] = self._data.source(batch_size)
         return self._sources[batch_size]
 
     def _new_batch(self, batch_size: int) -> SlotBatch:
@@ -220,8 +221,7 @@ class Trainer:
 
     def _probe(self) -> Batch:
         """One small minibatch of the training data, shared by all slots."""
-        source = training_source(self.task, 2, self.device, self._dtype)
-        return next(iter(source.epoch([(0, 1)])))
+        return next(iter(self._data.source(_PROBE_EXAMPLES).epoch([(0, 1)])))
 
 
 def first_record(objective: Objective, evaluated: Any, distance: float) -> EpochRecord:

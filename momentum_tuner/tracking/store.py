@@ -1,0 +1,198 @@
+"""The runs of one study in MLflow: a parent, and a child for each trial."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from momentum_tuner.errors import TrackingError, redact
+from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+PARENT = ""
+"""The key of the parent among the runs, where a child's is its ticket."""
+
+
+def check_tracking_uri(uri: str) -> str:
+    """A tracking URI that MLflow 3 can use, unchanged.
+
+    Raises:
+        TrackingError: it has no scheme or one that MLflow has given up, or its folder is missing.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if uri != "databricks" and not (separator and rest.strip("/") and _known(scheme)):
+        raise TrackingError(
+            f"--tracking-uri {redact(uri)!r} is not supported; write sqlite:///mlflow.db or http://host:5000 "
+            "(MLflow 3 has no file store)"
+        )
+    if scheme.startswith("sqlite"):
+        folder = Path(rest.removeprefix("/").partition("?")[0]).absolute().parent
+        if not folder.is_dir():
+            raise TrackingError(f"--tracking-uri: the folder {folder} does not exist; make it first")
+    return uri
+
+
+def _known(scheme: str) -> bool:
+    return scheme.partition("+")[0] in {"sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks"}
+
+
+def quiet_mlflow() -> None:
+    """Settings of MLflow for this process, where the user has made none.
+
+    No telemetry, no long waits, no retries inside MLflow (a run that is created twice would show twice, and the
+    publisher tries again by itself), no line on standard output for each run.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+@dataclass
+class Run:
+    """A run as MLflow has it.
+
+    Attributes:
+        id: MLflow's id.
+        status: `RUNNING`, `SCHEDULED`, `FINISHED`, `KILLED` or `FAILED`.
+        has_params: whether its params are there; they never change.
+        tags: its tags.
+    """
+
+    id: str
+    status: str
+    has_params: bool
+    tags: dict[str, str]
+
+
+class RunStore:
+    """The runs of one study in MLflow.
+
+    Args:
+        tracking_uri: where MLflow is.
+        experiment: the name of the study's experiment.
+        identity: what the runs of this study have as their study tag, and those of no other.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str, identity: str) -> None:
+        check_tracking_uri(tracking_uri)
+        quiet_mlflow()
+        from mlflow import MlflowClient
+
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._experiment = experiment
+        self._identity = identity
+        self.experiment_id = ""
+        self.runs: dict[str, Run] = {}
+
+    def learn(self, noted: Mapping[str, str]) -> None:
+        """Find or make the experiment, and learn which runs are there.
+
+        Where a trial has two (MLflow made one for a request that nobody waited for any longer), one is deleted.
+
+        Args:
+            noted: the id of the run that stays then, by key.
+        """
+        self.experiment_id = self._find_experiment()
+        self.runs = {}
+        for found in self._search():
+            tags = dict(found.data.tags)
+            run = Run(found.info.run_id, found.info.status, bool(found.data.params), tags)
+            key = tags.get(TICKET_TAG, PARENT)
+            other = self.runs.setdefault(key, run)
+            if other is not run:
+                if run.id == noted.get(key):
+                    self.runs[key], run = run, other
+                self._client.delete_run(run.id)
+
+    def create(self, key: str, name: str, start: float, tags: Mapping[str, str]) -> Run:
+        """Make a run that began at `start` (seconds since 1970)."""
+        tags = {**tags, STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
+        made = self._client.create_run(self.experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
+        self.runs[key] = Run(made.info.run_id, made.info.status, False, tags)
+        return self.runs[key]
+
+    def show(
+        self,
+        run: Run,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add points, and params and tags as far as MLflow has not got them."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        new_params = {} if run.has_params else dict(params or {})
+        new_tags = {k: v for k, v in (tags or {}).items() if run.tags.get(k) != v}
+        if not (points or new_params or new_tags):
+            return
+        self._client.log_batch(
+            run.id,
+            # The newest first: MLflow then need not replace its latest value again and again.
+            metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in reversed(points)],
+            params=[Param(k, v) for k, v in new_params.items()],
+            tags=[RunTag(k, v) for k, v in new_tags.items()],
+        )
+        run.has_params = run.has_params or bool(new_params)
+        run.tags |= new_tags
+
+    def show_file(self, run: Run, text: str, name: str) -> None:
+        """Add a text file."""
+        self._client.log_text(run.id, text, name)
+
+    def set_status(self, run: Run, status: str) -> None:
+        """Show a run that has not ended as `RUNNING` or as `SCHEDULED`."""
+        if run.status != status:
+            self._client.update_run(run.id, status=status)
+            run.status = status
+
+    def end(self, run: Run, status: str, end: float) -> None:
+        """Show a run as ended at `end` (seconds since 1970)."""
+        self._client.set_terminated(run.id, status, _milliseconds(end))
+        run.status = status
+
+    def _find_experiment(self) -> str:
+        from mlflow.entities import LifecycleStage
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            made: str = self._client.create_experiment(self._experiment)
+            return made
+        if found.lifecycle_stage == LifecycleStage.DELETED:
+            self._client.restore_experiment(found.experiment_id)
+        experiment_id: str = found.experiment_id
+        return experiment_id
+
+    def _search(self) -> Iterator[Any]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], f"tags.`{STUDY_TAG}` = '{self._identity}'", max_results=1000, page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def link(self, parent: Run) -> None:
+        """Let every child that belongs to a parent of before belong to this one."""
+        for key, run in self.runs.items():
+            if key != PARENT:
+                self.show(run, tags={PARENT_TAG: parent.id})
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow answered that it will not do what it was asked, rather than not answering."""
+    return getattr(error, "error_code", None) in {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

@@ -1,0 +1,388 @@
+"""Trial-steps per second: the trainer's slots against the plain torch loop on the same cores.
+
+Run by hand; nothing is asserted, as times are the machine's:
+
+    python tests/benchmarks/throughput.py
+    python tests/benchmarks/throughput.py --task digits_mlp digits_rnn --cell lstm --width 1 64 --seconds 5
+    python tests/benchmarks/throughput.py --json > rows.json       # hardware and versions go to stderr
+    python tests/benchmarks/throughput.py --steps 5 --seconds 0.2 --rounds 1    # does it work? not a measurement
+
+A trial-step is one optimizer step of one trial. Each way runs in two layouts: one process with a thread per core,
+and one process per core with one thread each, which start together and count over the same window.
+
+- plain: one hand-written loop per process, data in memory, one gather per epoch (see README.md),
+  `torch.optim.SGD` with Nesterov momentum and torch's fused kernel. Training steps only. The better layout is the
+  baseline, ratio 1.
+- fused: `Trainer.train_epoch` in steady state, the width divided among the processes. Its measures of every step and
+  the evaluation after every epoch are included; the plain loop does neither. A model that vmap cannot batch trains one
+  slot at a time, here as in a study; a line under the table says so.
+- matmul share: what torch's FlopCounterMode counts in one plain forward and backward pass (matrix products and
+  convolutions) times trial-steps per second, over this machine's rate at a large float32 matrix product, the better
+  layout's. None for a task without any.
+
+The width is that of all processes together, so for plain it is their number.
+All ways take turns within every round, each round in the opposite direction, so that a busy spell hits all alike;
+the figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from threading import BrokenBarrierError
+
+import numpy as np
+import torch
+from loops import MATMUL_SIZE, Loop, Problem, count_flop, matmul_loop, plain_loop, trainer_loop
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from momentum_tuner.launcher.devices import available_cores
+from momentum_tuner.trainer import Trainer
+
+TASKS = ("digits_mlp", "digits_cnn", "digits_rnn", "quadratic")
+CELLS = ("rnn", "lstm", "gru")
+PATIENCE = 600.0
+"""Seconds that a process waits for the others at the start of a window."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the cores are shared out."""
+
+    processes: int
+    threads: int
+
+    def __str__(self) -> str:
+        def count(number: int, noun: str, plural: str) -> str:
+            return f"{number} {noun if number == 1 else plural}"
+
+        return f"{count(self.processes, 'process', 'processes')} x {count(self.threads, 'thread', 'threads')}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train, in one layout.
+
+    Attributes:
+        kind: `plain`, `fused`, or `matmul`, the machine's own rate.
+        layout: of its processes.
+        width: trials at once, over all processes.
+        compiled: whether torch.compile is used.
+    """
+
+    kind: str
+    layout: Layout
+    width: int
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.layout}"
+
+    def share(self, process: int) -> int:
+        """Trials that one of the processes trains."""
+        return self.width // self.layout.processes + (process < self.width % self.layout.processes)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one process did in a window: the clock and the work done so far, at its start and after each epoch."""
+
+    times: list[float]
+    done: list[int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a process knows of the problem: operations of a trial-step, and why slots do not train fused."""
+
+    flop: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result; `ratio` is to the best plain layout."""
+
+    task: str
+    way: str
+    width: int
+    compiled: bool
+    steps_per_second: float
+    ratio: float
+    matmul_share: float | None
+
+
+@dataclass
+class Result:
+    """All rounds of one problem: a rate by way and round (trial-steps or operations per second)."""
+
+    problem: Problem
+    facts: Facts
+    rates: dict[Way, list[float]] = field(default_factory=dict)
+
+    def median(self, way: Way) -> float:
+        """The way's rate."""
+        return statistics.median(self.rates[way])
+
+    def of_kind(self, kind: str) -> list[Way]:
+        """The ways of a kind."""
+        return [way for way in self.rates if way.kind == kind]
+
+    def rows(self) -> list[tuple[Way, Row]]:
+        """The lines of the plain and fused ways."""
+        baseline = max(self.median(way) for way in self.of_kind("plain"))
+        machine = max(self.median(way) for way in self.of_kind("matmul"))
+        rows = []
+        for way in [*self.of_kind("plain"), *self.of_kind("fused")]:
+            rate = self.median(way)
+            share = rate * self.facts.flop / machine if self.facts.flop else None
+            rows.append((way, Row(str(self.problem), str(way), way.width, way.compiled, rate, rate / baseline, share)))
+        return rows
+
+
+# In a measuring process.
+
+_barrier: Barrier
+_loops: dict[Way, Loop] = {}
+
+
+def join(barrier: Barrier) -> None:
+    """Start a measuring process, one of those that meet at `barrier`."""
+    global _barrier
+    _barrier = barrier
+
+
+def prepare(problem: Problem, ways: Sequence[Way], process: int) -> Facts:
+    """Build the loops of all ways of this process's layout and let each run an epoch."""
+    torch.set_num_threads(ways[0].layout.threads)
+    task = problem.build()
+    reason = None
+    for way in ways:
+        if way.kind == "plain":
+            _loops[way] = plain_loop(task)
+        elif way.kind == "fused":
+            trainer = Trainer(task, epochs=1, slots=way.share(process))
+            _loops[way] = trainer_loop(trainer)
+            reason = trainer.objective.reason
+        else:
+            _loops[way] = matmul_loop()
+        _loops[way]()
+    return Facts(count_flop(task), reason)
+
+
+def run(way: Way, seconds: float) -> Window:
+    """Warm up for an epoch, wait for the other processes, then train whole epochs for at least `seconds`."""
+    loop = _loops[way]
+    loop()
+    _barrier.wait(PATIENCE)
+    window = Window([time.perf_counter()], [0])
+    while window.times[-1] < window.times[0] + seconds:
+        done = loop()
+        window.times.append(time.perf_counter())
+        window.done.append(window.done[-1] + done)
+    return window
+
+
+# In the main process.
+
+
+class Crew:
+    """The measuring processes of one layout; they live for all rounds of a problem and sleep while others measure.
+
+    Args:
+        problem: what they train.
+        ways: those of this layout.
+    """
+
+    def __init__(self, problem: Problem, ways: Sequence[Way]) -> None:
+        context = multiprocessing.get_context("spawn")
+        count = ways[0].layout.processes
+        self._barrier = context.Barrier(count)
+        self._processes = [
+            ProcessPoolExecutor(1, context, initializer=join, initargs=(self._barrier,)) for _ in range(count)
+        ]
+        prepared = [process.submit(prepare, problem, ways, i) for i, process in enumerate(self._processes)]
+        self.facts = next(iter([future.result() for future in prepared]))
+
+    def rate(self, way: Way, seconds: float) -> float:
+        """Work per second over the time in which all processes were measuring."""
+        futures = [process.submit(run, way, seconds) for process in self._processes]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if not all(future.done() for future in futures):
+            self._barrier.abort()  # so that none waits for the one that failed
+        # What went wrong first, before the broken barrier that it left to the others.
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, BrokenBarrierError))
+        windows = [future.result() for future in futures]
+        start = max(window.times[0] for window in windows)
+        end = min(window.times[-1] for window in windows)
+        # An epoch that the common window cuts counts in part.
+        done = sum(np.interp([start, end], window.times, window.done) @ (-1.0, 1.0) for window in windows)
+        return float(done / (end - start))
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.shutdown(cancel_futures=True)
+
+
+def layouts() -> list[Layout]:
+    """One process with all cores, and one process per core."""
+    cores = available_cores()
+    return [Layout(1, cores), Layout(cores, 1)] if cores > 1 else [Layout(1, 1)]
+
+
+def ways_of(layout: Layout, widths: Sequence[int]) -> list[Way]:
+    """What is measured in a layout; a width smaller than its processes cannot be divided and is left out."""
+    fused = [Way("fused", layout, width) for width in widths if width >= layout.processes]
+    return [Way("plain", layout, layout.processes), *fused, Way("matmul", layout, layout.processes)]
+
+
+def measure(
+    problem: Problem, widths: Sequence[int], seconds: float, rounds: int, tell: Callable[[str], None]
+) -> Result:
+    """Measure one problem in all ways, taking turns; `tell` hears what is going on."""
+    tell(f"{problem}: preparing")
+    with ExitStack() as stack:
+        crews: dict[Layout, Crew] = {}
+        for layout in layouts():
+            crews[layout] = Crew(problem, ways_of(layout, widths))
+            stack.callback(crews[layout].close)
+        # By kind and width, so that what is compared is measured close together.
+        ways = [way for layout in crews for way in ways_of(layout, widths)]
+        ways.sort(key=lambda way: (way.kind != "plain", way.width))
+        result = Result(problem, next(iter(crews.values())).facts, {way: [] for way in ways})
+        for turn in range(rounds):
+            for way in ways if turn % 2 == 0 else reversed(ways):
+                tell(f"{problem}: round {turn + 1} of {rounds}: {way}, width {way.width}")
+                result.rates[way].append(crews[way.layout].rate(way, seconds))
+    return result
+
+
+def table_of(result: Result) -> Table:
+    """The result as a person reads it."""
+    table = Table(title=str(result.problem), title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("way")
+    for name in ("processes\nx threads", "width", "trial-steps\nper second", "over\nrounds", "ratio", "matmul\nshare"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for way, row in result.rows():
+        rates = result.rates[way]
+        table.add_row(
+            f"{way.kind}, compiled" if way.compiled else way.kind,
+            f"{way.layout.processes} x {way.layout.threads}",
+            str(way.width),
+            f"{row.steps_per_second:,.0f}",
+            f"{min(rates):,.0f} - {max(rates):,.0f}",
+            f"{row.ratio:.2f}",
+            "-" if row.matmul_share is None else f"{row.matmul_share:.1%}",
+        )
+    return table
+
+
+def notes(result: Result) -> list[str]:
+    """What belongs under a problem's table."""
+    rates = ", ".join(f"{result.median(way) / 1e9:,.0f} GFLOP/s ({way.layout})" for way in result.of_kind("matmul"))
+    lines = [
+        f"{result.facts.flop:,} FLOP in the products of a trial-step",
+        f"float32 product of {MATMUL_SIZE} x {MATMUL_SIZE}: {rates}",
+    ]
+    if result.facts.reason is not None:
+        lines.append(f"'fused' trains one slot at a time here: {result.facts.reason}")
+    return lines
+
+
+def machine() -> list[str]:
+    """Hardware, versions, and when."""
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return [
+        f"{processor()}, {available_cores()} cores{load}",
+        f"torch {torch.__version__}, Python {platform.python_version()}, momentum-tuner {version('momentum-tuner')}, "
+        f"{platform.platform()}",
+        datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+    ]
+
+
+def processor() -> str:
+    """The CPU's model."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def at_least(kind: type[int] | type[float], lowest: float) -> Callable[[str], float]:
+    """A number of the command line that is not below `lowest`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= lowest:
+            raise argparse.ArgumentTypeError(f"{text} is below {lowest:g}")
+        return value
+
+    return number
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    count = at_least(int, 1)
+    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits_mlp"])
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=["rnn"], help="cells of digits_rnn")
+    parser.add_argument("--width", nargs="+", type=count, default=[1, 16, 64], help="trials at once")
+    parser.add_argument("--seconds", type=at_least(float, 0.2), default=3.0, help="of each window")
+    parser.add_argument("--rounds", type=count, default=3, help="windows of each way")
+    parser.add_argument("--steps", type=count, help="steps of an epoch; fewer only to see that it runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print."""
+    asked = arguments()
+    problems = []
+    for task in asked.task:
+        kinds = [(("cell", cell),) for cell in asked.cell] if task == "digits_rnn" else [()]
+        problems += [Problem(task, kind, asked.steps) for kind in kinds]
+    before = machine()
+    aside = Console(stderr=True)
+    out = aside if asked.json else Console()
+    results = []
+    with aside.status("starting") as status:
+        for problem in problems:
+            result = measure(problem, sorted(set(asked.width)), asked.seconds, asked.rounds, status.update)
+            results.append(result)
+            out.print(table_of(result))
+            for line in notes(result):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print()
+    for line in before:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if asked.json:
+        json.dump([asdict(row) for result in results for _, row in result.rows()], sys.stdout, indent=2)
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""METRICS.md's known truths: rates and stability edges on quadratics, as the trainer measures them."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from momentum_tuner.metrics import trial_measures
+from momentum_tuner.tasks import quadratic
+from momentum_tuner.trainer import Trainer, TrialSettings
+
+torch.set_num_threads(1)
+
+EPOCHS = 8
+STEPS = {10: 400, 100: 800}  # long enough for 2^(2/T), short enough for a distance above 1e-154
+
+USUAL, BEST, LOOKAHEAD = "nesterov, usual", "nesterov, best", ", look-ahead form"
+
+
+def known_rates(kappa):
+    """Optimizer, learning rate, momentum and contraction by method, for eigenvalues in [1, kappa]."""
+    root, other = math.sqrt(kappa), math.sqrt(3 * kappa + 1)
+    polyak = 4 / (root + 1) ** 2, ((root - 1) / (root + 1)) ** 2, (root - 1) / (root + 1)
+    usual = 1 / kappa, (root - 1) / (root + 1), 1 - 1 / root
+    best = 4 / (3 * kappa + 1), (other - 2) / (other + 2), 1 - 2 / other
+    return {
+        "gradient descent": ("sgd", 2 / (kappa + 1), 0.0, (kappa - 1) / (kappa + 1)),
+        "momentum": ("momentum", *polyak),
+        "momentum, textbook form": ("momentum_classic", *polyak),
+        USUAL: ("nesterov", *usual),
+        USUAL + LOOKAHEAD: ("nesterov_lookahead", *usual),
+        BEST: ("nesterov", *best),
+        BEST + LOOKAHEAD: ("nesterov_lookahead", *best),
+    }
+
+
+def run(task, settings, epochs, initial_loss=None):
+    """The records of all settings, trained in one fused batch; `initial_loss` replaces what 10x is measured from."""
+    trainer = Trainer(task, epochs=epochs, slots=len(settings), mode="fused")
+    records = {}
+    for key, (optimizer, learning_rate, momentum) in settings.items():
+        hyper = {"learning_rate": learning_rate, "momentum": momentum}
+        trial = TrialSettings(optimizer, hyper, 1, 0)
+        records[key] = [trainer.admit(key, trial)]
+        if initial_loss is not None:
+            start = replace(trainer.export(key), initial_loss=initial_loss)
+            trainer.release(key)
+            trainer.admit(key, trial, start)
+    for _ in range(epochs):
+        for key, record in trainer.train_epoch():
+            records[key].append(record)
+            if record.diverged_at_step is not None:
+                trainer.release(key)
+    return records
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def measured(request):
+    """Condition number, and the measured contraction by method."""
+    kappa = request.param
+    settings = {name: row[:3] for name, row in known_rates(kappa).items()}
+    task = quadratic(kappa=kappa, steps_per_epoch=STEPS[kappa] // EPOCHS)
+    records = run(task, settings, EPOCHS)
+    return kappa, {name: trial_measures(r, EPOCHS).contraction for name, r in records.items()}
+
+
+def test_the_table_of_known_rates_is_that_of_metrics_md():
+    found = {kappa: [row[3] for row in known_rates(kappa).values()] for kappa in (10, 100)}
+    assert [round(v, 4) for v in found[10]] == [0.8182, 0.5195, 0.5195, 0.6838, 0.6838, 0.6408, 0.6408]
+    assert [round(v, 4) for v in found[100]] == [0.9802, 0.8182, 0.8182, 0.9, 0.9, 0.8847, 0.8847]
+
+
+def test_gradient_descent_contracts_at_its_known_rate(measured):
+    kappa, found = measured
+    assert found["gradient descent"] == pytest.approx((kappa - 1) / (kappa + 1), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in known_rates(10) if m != "gradient descent"])
+def test_momentum_and_nesterov_contract_at_their_known_rates(measured, method):
+    kappa, found = measured
+    rate = known_rates(kappa)[method][3]
+    print(f"kappa {kappa}: {found[method]:.4f}, theory {rate:.4f}")
+    assert found[method] == pytest.approx(rate, abs=3e-3)
+    # What is left is the polynomial factor of a defective optimum.
+    assert found[method] / 2 ** (2 / STEPS[kappa]) == pytest.approx(rate, abs=1e-4)
+
+
+def test_the_accelerated_methods_rank_as_theory_says(measured):
+    _, found = measured
+    assert found["momentum"] < found[BEST] < found[USUAL] < found["gradient descent"]
+
+
+# --- stability edges, for one mode of curvature 1
+
+EDGES = {
+    ("sgd", 0.0): 2.0,
+    ("momentum", 0.5): 3.0,
+    ("momentum", 0.9): 3.8,
+    ("momentum_classic", 0.9): 3.8,
+    ("nesterov", 0.5): 1.5,
+    ("nesterov", 0.9): 3.8 / 2.8,
+    ("nesterov_lookahead", 0.5): 1.5,
+    ("nesterov_lookahead", 0.9): 3.8 / 2.8,
+}
+EDGE_EPOCHS, EDGE_STEPS = 40, 50
+ALLOWED = 100.0  # below its edge, momentum at beta = 0.9 first overshoots to 171x its initial loss
+
+
+def heights(optimizer, rate, beta, steps):
+    """Loss before each step on `theta^2 / 2` from theta = 1, by the textbook recurrence."""
+    theta, velocity, found = 1.0, 0.0, []
+    for _ in range(steps):
+        gradient = theta - rate * beta * velocity if optimizer == "nesterov_lookahead" else theta
+        found.append(gradient**2 / 2)  # the loss where the gradient is taken
+        velocity = beta * velocity + gradient
+        theta -= rate * (gradient + beta * velocity if optimizer == "nesterov" else velocity)
+    return np.array(found)
+
+
+def slowest_root(optimizer, rate, beta):
+    """Spectral radius of the recurrence in (theta_t, theta_{t-1})."""
+    if "nesterov" in optimizer:
+        return max(abs(np.roots([1, -(1 + beta) * (1 - rate), beta * (1 - rate)])))
+    return max(abs(np.roots([1, -(1 + beta - rate), beta])))
+
+
+@pytest.fixture(scope="module")
+def at_the_edges():
+    settings = {
+        (optimizer, beta, factor): (optimizer, factor * edge, beta)
+        for (optimizer, beta), edge in EDGES.items()
+        for factor in (0.999, 1.001)
+    }
+    task = quadratic(dim=1, kappa=1, steps_per_epoch=EDGE_STEPS)
+    return run(task, settings, EDGE_EPOCHS, initial_loss=ALLOWED * 0.5)
+
+
+def test_the_edges_are_those_of_metrics_md():
+    for (optimizer, beta), edge in EDGES.items():
+        bound = 2 * (1 + beta) / (1 + 2 * beta) if "nesterov" in optimizer else 2 * (1 + beta)
+        assert edge == pytest.approx(bound, rel=1e-12)
+        assert slowest_root(optimizer, 0.999 * edge, beta) < 1 < slowest_root(optimizer, 1.001 * edge, beta)
+
+
+@pytest.mark.parametrize(("optimizer", "beta"), EDGES)
+def test_just_below_the_edge_a_trial_is_bounded_and_shrinks(at_the_edges, optimizer, beta):
+    records = at_the_edges[optimizer, beta, 0.999]
+    distances = [r.distance for r in records]
+    assert len(records) == EDGE_EPOCHS + 1
+    assert all(r.diverged_at_step is None for r in records)
+    assert all(later < before for before, later in itertools.pairwise(distances[::10]))
+    assert max(distances) < 10 and distances[-1] < 0.05
+    measured = trial_measures(records, EDGE_EPOCHS).contraction
+    assert measured == pytest.approx(slowest_root(optimizer, 0.999 * EDGES[optimizer, beta], beta), abs=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "beta"), EDGES)
+def test_just_above_the_edge_a_trial_grows_until_it_is_diverged(at_the_edges, optimizer, beta):
+    records = at_the_edges[optimizer, beta, 1.001]
+    losses = heights(optimizer, 1.001 * EDGES[optimizer, beta], beta, EDGE_EPOCHS * EDGE_STEPS)
+    expected = int(np.argmax(losses > 10 * ALLOWED * losses[0])) + 1
+    assert records[-1].diverged_at_step == expected > 1
+    assert all(r.diverged_at_step is None for r in records[:-1])
+    grown = [r.distance for r in records[1:-1]]
+    assert all(later > before for before, later in itertools.pairwise(grown))
