@@ -62,7 +62,7 @@ def test_an_unknown_device_is_refused(machine, device):
 
 def test_a_gpu_that_is_not_there_is_refused_naming_how_many_there_are(machine):
     machine(gpus=2)
-    with pytest.raises(DeviceError, match="has 2 GPU.*there is no 5"):
+    with pytest.raises(DeviceError, match=r"has 2 GPU.*there is no 5"):
         plan_workers("auto", "cuda:0,5")
     machine(gpus=0)
     with pytest.raises(DeviceError, match="sees no GPU"):

@@ -45,9 +45,7 @@ def plan_workers(workers: str, device: str) -> list[Placement]:
     else:
         raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
     chosen = [devices[i % len(devices)] for i in range(count)]
-    return [
-        Placement(name, chosen.count(name), max(1, cores // count) if name == "cpu" else None) for name in chosen
-    ]
+    return [Placement(name, chosen.count(name), max(1, cores // count) if name == "cpu" else None) for name in chosen]
 
 
 def resolve_devices(device: str) -> list[str]:

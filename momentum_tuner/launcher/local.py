@@ -24,7 +24,7 @@ from momentum_tuner.worker_options import WorkerOptions
 RESTARTS = 5
 """How often a worker that died is replaced; a trial that kills its workers has failed for good before."""
 DRAIN_SECONDS = 10.0
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
 """glibc keeps the memory of freed tensors for the next step; else each step pays for the same pages again."""
 
 
@@ -167,7 +167,7 @@ class LocalWorkers:
         return code == 0
 
     def _spawn(self, role: str, options: WorkerOptions | None) -> _Child:
-        environment = {**_KEEP_MEMORY, **os.environ}
+        environment = {**KEEP_MEMORY, **os.environ}
         threads = options.threads if options is not None else 1
         if threads is not None:
             environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)

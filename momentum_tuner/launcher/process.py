@@ -16,6 +16,7 @@ from importlib import import_module
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
 
+
 def main() -> int:
     """Run as a worker or as the publisher, as the first argument says; returns the exit code.
 

@@ -48,11 +48,41 @@ class _Wrapper(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         self._calls.made = 0
-        loss = self.task.loss(self.model, batch)
         if self.training:
-            return loss
-        others = [metric(self.model, batch) for metric in self.task.metrics.values()]
+            return self.task.loss(self.model, batch)
+        with _called_once(self.model):
+            loss = self.task.loss(self.model, batch)
+            others = [metric(self.model, batch) for metric in self.task.metrics.values()]
         return torch.stack([loss, *(m.to(loss.dtype) for m in others)])
+
+
+@contextmanager
+def _called_once(model: nn.Module) -> Iterator[None]:
+    """Let the loss and the metrics share one forward pass, where they call the model on the very same tensors.
+
+    An output that was changed in place since is not given out again.
+    """
+    seen: list[tuple[tuple[Any, ...], Tensor, int]] = []
+    before = model.__dict__.get("forward")
+    forward = model.forward
+
+    def remembering(*args: Any, **kwargs: Any) -> Any:
+        for known, out, version in seen:
+            same = len(known) == len(args) and all(a is b for a, b in zip(known, args, strict=True))
+            if same and not kwargs and out._version == version:
+                return out
+        out = forward(*args, **kwargs)
+        if isinstance(out, Tensor) and not kwargs:
+            seen.append((args, out, out._version))
+        return out
+
+    model.__dict__["forward"] = remembering
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
 
 
 class Objective:
@@ -105,8 +135,17 @@ class Objective:
         own = {name: value for name, value in start.buffers.items() if name not in self.shared}
         return Start(start.row, own)
 
+    def train_one_by_one(self, reason: str) -> None:
+        """Give up fusing the slots, for this reason."""
+        self.reason, self.batch_slots = reason, False
+
     def gradient(
-        self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
+        self,
+        rows: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Batch,
+        keys: Tensor | None,
+        fused: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Gradient `[slots, parameters]` and loss `[slots]` at `rows`; buffers `[slots, ...]` are updated in place.
 
@@ -115,9 +154,10 @@ class Objective:
             buffers: the slots' own buffers by name.
             batch: one minibatch for all slots, or one each.
             keys: `[slots]` int64, what the slots' random numbers follow from, or None if the model draws none.
+            fused: all slots at once or one after the other, whatever `batch_slots` says.
         """
         self.wrapper.train()
-        if not self.batch_slots or batch.separate:
+        if not (self.batch_slots if fused is None else fused) or batch.separate:
             return self._gradient_one_by_one(rows, buffers, batch, keys)
         grads, (loss, after) = self._fused_gradient(rows, buffers, batch, keys)
         for name, value in after.items():

@@ -237,6 +237,7 @@ class SlotBatch:
         rows_of: list[Tensor] = []
         wide = torch.promote_types(dtype, torch.float32)  # a bfloat16 cannot count to an epoch's steps
         taken = torch.zeros(len(slots), dtype=wide, device=self._rows.device)
+        on_cpu = self._rows.device.type == "cpu"
         looking_ahead = [s for s in self._slices if s.rule.lookahead]
 
         for step, batch in enumerate(self.source.epoch(orders)):
@@ -252,7 +253,8 @@ class SlotBatch:
             if max_norm is not None:
                 grads = grads * clip_scale(norm, max_norm)[:, None]
             update = self._take(grads, rates[step], None if cycle is None else cycle[step], count)
-            update.masked_fill_(~active[:, None], 0.0)
+            if not on_cpu or not bool(active.all()):  # asking costs nothing where no transfer is needed
+                update.masked_fill_(~active[:, None], 0.0)
             self._rows += update
             taken += active
             rows_of.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 FUSED_WIDTH = 64
 SEQUENTIAL_WIDTH = 8
+ONE_BY_ONE_ADVANTAGE = 0.9
+"""One slot alone must be this much faster than its share of a fused batch, to be preferred."""
+_TIMED_BATCH = 64
+_TIMED_GRADIENTS = 4
 _REMEMBERED_SEEDS = 16
 _PROBE_EXAMPLES = 32  # as many as check_task takes
 
@@ -50,7 +55,8 @@ class Trainer:
     Args:
         task: what to train.
         epochs: the budget of each trial, over which schedules run.
-        slots: how many trials at once; None takes 64 fused, 8 one at a time.
+        slots: how many trials at once; None takes 64 fused or, where a short measurement finds that faster, 8 one at
+            a time.
         device: where to train.
         precision: `auto`, `float32`, `float64` or `bfloat16` (autocast).
         schedule: of the learning rate, and of momentum for `one_cycle`.
@@ -83,9 +89,13 @@ class Trainer:
         self._optimum = None
         if task.optimum is not None:
             self._optimum = task.optimum.to(self.device, self.objective.layout.dtype)
+        self.width = slots or FUSED_WIDTH
+        if slots is None and self.objective.batch_slots and mode == "auto":
+            self._see_whether_fusing_pays()
+        if slots is None and not self.objective.batch_slots:
+            self.width = SEQUENTIAL_WIDTH
         if self.objective.reason is not None and mode == "auto":
-            logger.info("the model trains one slot at a time: %s", self.objective.reason)
-        self.width = slots or (FUSED_WIDTH if self.objective.batch_slots else SEQUENTIAL_WIDTH)
+            logger.warning("the model trains one slot at a time: %s", self.objective.reason)
 
     @property
     def keys(self) -> list[Hashable]:
@@ -218,6 +228,35 @@ class Trainer:
                 self._starts.popitem(last=False)
         self._starts.move_to_end(known)
         return self._starts[known]
+
+    def _see_whether_fusing_pays(self) -> None:
+        """Time a gradient of all slots at once against one slot alone; half the width where memory does not suffice."""
+        batch = next(iter(self._source(_TIMED_BATCH).epoch([(0, 1)])))
+        alone = self._seconds_per_slot(batch, 1, fused=False)
+        while True:
+            try:
+                fused = self._seconds_per_slot(batch, self.width, fused=True)
+                break
+            except torch.OutOfMemoryError:
+                if self.width == 1:
+                    raise
+                self.width //= 2
+        if alone < ONE_BY_ONE_ADVANTAGE * fused:
+            self.objective.train_one_by_one(f"{fused / alone:.1f} times as fast as {self.width} fused slots here")
+
+    def _seconds_per_slot(self, batch: Batch, slots: int, fused: bool) -> float:
+        """The shortest of a few gradients, divided by its slots."""
+        start = self.objective.start(0)
+        rows = start.row.expand(slots, -1).contiguous()
+        buffers = {name: value.expand(slots, *value.shape).contiguous() for name, value in start.buffers.items()}
+        keys = torch.zeros(slots, dtype=torch.int64, device=self.device) if self.objective.keys or not fused else None
+        times = []
+        for _ in range(_TIMED_GRADIENTS):
+            started = time.perf_counter()
+            _, loss = self.objective.gradient(rows, buffers, batch, keys, fused=fused)
+            loss.cpu()  # waits for the device
+            times.append(time.perf_counter() - started)
+        return min(times) / slots
 
     def _probe(self) -> Batch:
         """One small minibatch of the training data, shared by all slots."""

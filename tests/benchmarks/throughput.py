@@ -52,6 +52,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from momentum_tuner.launcher import KEEP_MEMORY
 from momentum_tuner.launcher.devices import available_cores
 from momentum_tuner.trainer import Trainer
 
@@ -361,6 +362,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print."""
     asked = arguments()
+    os.environ.update(KEEP_MEMORY)  # as the launcher does for workers; here for every way alike
     problems = []
     for task in asked.task:
         kinds = [(("cell", cell),) for cell in asked.cell] if task == "digits_rnn" else [()]
