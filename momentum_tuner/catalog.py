@@ -99,20 +99,35 @@ OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
 )
 """Optimizers by the name that a study file uses."""
 
-SCHEDULES: Mapping[str, Mapping[str, float]] = MappingProxyType(
+SCHEDULE_OPTIONS: Mapping[str, Hyperparameter] = MappingProxyType(
     {
-        "constant": {},
-        "cosine": {"final_fraction": 0.0},
-        "step": {"every_epochs": 10, "gamma": 0.1},
-        "one_cycle": {
-            "peak_fraction": 0.3,
-            "div_factor": 25.0,
-            "final_div_factor": 1e4,
-            "base_momentum_fraction": 0.85 / 0.95,
-        },
+        "warmup_epochs": Hyperparameter(0.0, high_open=True),
+        "warmup_start": Hyperparameter(0.1, high=1.0, low_open=True),
+        "final_fraction": Hyperparameter(0.0, high=1.0),
+        "every_epochs": Hyperparameter(10, low_open=True, high_open=True),
+        "gamma": Hyperparameter(0.1, high=1.0, low_open=True),
+        "peak_fraction": Hyperparameter(0.3, high=1.0),
+        "div_factor": Hyperparameter(25.0, low_open=True, high_open=True),
+        "final_div_factor": Hyperparameter(1e4, low_open=True, high_open=True),
+        "base_momentum_fraction": Hyperparameter(0.85 / 0.95, high=1.0),
     }
 )
-"""Learning-rate schedules by name, with their options and defaults. All take `warmup_epochs` and `warmup_start`."""
+"""What each option of a schedule may be, and its default."""
+
+
+def _defaults(*options: str) -> Mapping[str, float]:
+    return MappingProxyType({name: SCHEDULE_OPTIONS[name].default for name in options})
+
+
+SCHEDULES: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "constant": _defaults(),
+        "cosine": _defaults("final_fraction"),
+        "step": _defaults("every_epochs", "gamma"),
+        "one_cycle": _defaults("peak_fraction", "div_factor", "final_div_factor", "base_momentum_fraction"),
+    }
+)
+"""Learning-rate schedules by name, with their options and defaults; all take `warmup_epochs` and `warmup_start`."""
 
 SAMPLERS: Mapping[str, str] = MappingProxyType(
     {

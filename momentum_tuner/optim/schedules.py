@@ -8,21 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from momentum_tuner.catalog import SCHEDULES, Hyperparameter
+from momentum_tuner.catalog import SCHEDULE_OPTIONS, SCHEDULES
 from momentum_tuner.errors import InputError
-
-_BOUNDS: Mapping[str, Hyperparameter] = {
-    "warmup_epochs": Hyperparameter(0.0, high_open=True),
-    "warmup_start": Hyperparameter(0.1, high=1.0, low_open=True),
-    "final_fraction": Hyperparameter(0.0, high=1.0),
-    "every_epochs": Hyperparameter(10, low_open=True, high_open=True),
-    "gamma": Hyperparameter(0.1, high=1.0, low_open=True),
-    "peak_fraction": Hyperparameter(0.3, high=1.0),
-    "div_factor": Hyperparameter(25.0, low_open=True, high_open=True),
-    "final_div_factor": Hyperparameter(1e4, low_open=True, high_open=True),
-    "base_momentum_fraction": Hyperparameter(0.85 / 0.95, high=1.0),
-}
-"""What each option may be; the defaults are the catalog's."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +140,8 @@ def make_schedule(
         raise InputError(f"schedule {name!r} needs at least one step: {total_steps=}, {steps_per_epoch=}")
     merged = {**SCHEDULES[name], **given}
     for key, value in [*merged.items(), ("warmup_epochs", warmup_epochs), ("warmup_start", warmup_start)]:
-        if not _BOUNDS[key].allows(value):
-            raise InputError(f"{key} of schedule {name!r} is {value:g}: it must be in {_BOUNDS[key].bounds}")
+        if not SCHEDULE_OPTIONS[key].allows(value):
+            raise InputError(f"{key} of schedule {name!r} is {value:g}: it must be in {SCHEDULE_OPTIONS[key].bounds}")
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if warmup_steps and name == "one_cycle":
         raise InputError("schedule 'one_cycle' has a warmup of its own: leave out warmup_epochs or use 'cosine'")

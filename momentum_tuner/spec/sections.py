@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from momentum_tuner.catalog import PRUNERS, SAMPLERS, SCHEDULES, Hyperparameter
+from momentum_tuner.catalog import PRUNERS, SAMPLERS, SCHEDULE_OPTIONS, SCHEDULES
 from momentum_tuner.spec.mistakes import check_all, is_number, mistake, not_allowed, one_of, refuse, shown, unknown
 
 Param: TypeAlias = bool | int | float | str | Sequence["Param"] | None
@@ -36,17 +36,6 @@ _MOST = 1_000_000
 _MOST_POINTS = 1_000
 
 _FILE = re.compile(r"(?!/)[^\\:]+\.py")
-
-_SCHEDULE_OPTIONS: Mapping[str, Hyperparameter] = {
-    "final_fraction": Hyperparameter(0.0, high=1.0),
-    "every_epochs": Hyperparameter(10, low_open=True, high_open=True),
-    "gamma": Hyperparameter(0.1, high=1.0, low_open=True),
-    "peak_fraction": Hyperparameter(0.3, high=1.0),
-    "div_factor": Hyperparameter(25.0, low_open=True, high_open=True),
-    "final_div_factor": Hyperparameter(1e4, low_open=True, high_open=True),
-    "base_momentum_fraction": Hyperparameter(0.85 / 0.95, high=1.0),
-}
-"""What each option of a schedule may be, as `momentum_tuner.optim` has it too; the defaults are the catalog's."""
 
 
 def count(least: int, most: int = _MOST) -> Any:
@@ -151,7 +140,7 @@ class ScheduleSpec(Section):
 
 
 def _read_option(key: str, value: object, mistakes: list[InitErrorDetails]) -> float:
-    option = _SCHEDULE_OPTIONS[key]
+    option = SCHEDULE_OPTIONS[key]
     if is_number(value) and option.allows(value):
         return float(value)
     mistakes.append(mistake((key,), not_allowed(value, f"a number in {option.bounds}")))
