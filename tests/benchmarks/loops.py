@@ -44,9 +44,14 @@ class Problem:
 
 
 def plain_loop(task: Task) -> Loop:
-    """The loop that one would write by hand, with the fused SGD kernel (README.md says what else was tried)."""
+    """The loop that one would write by hand, with the fused SGD kernel (README.md says what else was tried).
+
+    As every tuner must, and as the trainer does, it looks at the validation set after each epoch.
+    """
     model, loss = task.model().train(), task.loss
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATES[1], momentum=0.9, nesterov=True, fused=True)
+
+    valid = task.valid.tensors if isinstance(task.valid, TensorDataset) else None
 
     def step(batch: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -58,6 +63,11 @@ def plain_loop(task: Task) -> Loop:
         for batch in minibatches(task):
             step(batch)
             steps += 1
+        model.eval()
+        with torch.no_grad():
+            for measure in (loss, *task.metrics.values()):
+                measure(model, valid).item()
+        model.train()
         return steps
 
     return epoch

@@ -14,7 +14,7 @@ and one process per core with one thread each, which start together and count ov
   `torch.optim.SGD` with Nesterov momentum and torch's fused kernel. Training steps only. The better layout is the
   baseline, ratio 1.
 - fused: `Trainer.train_epoch` in steady state, the width divided among the processes. Its measures of every step and
-  the evaluation after every epoch are included; the plain loop does neither. A model that vmap cannot batch trains one
+  the evaluation after every epoch are included; the plain loop evaluates too. A model that vmap cannot batch trains one
   slot at a time, here as in a study; a line under the table says so.
 - matmul share: what torch's FlopCounterMode counts in one plain forward and backward pass (matrix products and
   convolutions) times trial-steps per second, over this machine's rate at a large float32 matrix product, the better
