@@ -433,20 +433,20 @@ class Died(BaseException):
     pass
 
 
-WRITES = [
-    ("learn", 1),
-    ("create", 1),
-    ("show", 1),
-    ("show_file", 1),
-    ("create", 3),
-    ("show", 4),
-    ("end", 3),
-    ("end", 5),
+DEATHS = [
+    ("learn", 1, "after"),
+    ("create", 1, "before"),
+    ("create", 1, "after"),
+    ("show", 1, "after"),
+    ("show_file", 1, "after"),
+    ("create", 3, "after"),
+    ("show", 4, "after"),
+    ("end", 3, "after"),
+    ("end", 5, "after"),
 ]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(("where", "number"), WRITES)
+@pytest.mark.parametrize(("where", "number", "when"), DEATHS)
 def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
     database, make_spec, uri, control_uri, monkeypatch, where, number, when
 ):
@@ -540,6 +540,21 @@ def test_a_run_made_twice_while_publishing_is_gone_at_the_end(database, make_spe
     assert (len(parents), len(children)) == (1, 4)
     assert {r.info.status for r in parents + children} == {"FINISHED", "KILLED", "FAILED"}
     assert {c.info.run_id for c in children} == {n[1] for n in notes(database)}
+
+
+def test_runs_that_vanish_again_and_again_do_not_keep_the_publisher_for_ever(database, make_spec, uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    real = RunStore.end
+
+    def end_and_delete(self, run, *args):
+        real(self, run, *args)
+        self._client.delete_run(run.id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "end", end_and_delete)
+        assert not publish(database, study, uri).complete
+    assert publish(database, study, uri).complete
+    assert len(runs_of(uri)[1]) == 4
 
 
 def test_a_run_that_somebody_deletes_is_made_again(database, make_spec, uri):
@@ -727,7 +742,8 @@ def test_a_lease_is_renewed_while_publishing(database, make_spec, uri, monkeypat
     assert len(taken) >= 5
 
 
-def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_spec, uri, monkeypatch):
+@pytest.mark.parametrize("noticed", ["at the next trial", "as it notes"])
+def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_spec, uri, monkeypatch, noticed):
     study = finished_study(database, make_spec)
     slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
     real = RunStore.create
@@ -741,13 +757,15 @@ def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_
             with monkeypatch.context() as patch:
                 patch.setattr(RunStore, "create", real)
                 assert quick.publish().complete
+            if noticed == "at the next trial":
+                slow._leased -= 1000.0
         return real(self, key, name, start, tags)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunStore, "create", sleeping)
         assert slow.publish().busy
     noted = notes(database)
-    assert len(runs_of(uri)[1]) == 5, "the zombie has made one more run"
+    assert len(runs_of(uri)[1]) == (5 if noticed == "at the next trial" else 7), "the zombie has made runs"
     quick.close()
     assert slow.publish().complete
     slow.close()
@@ -867,7 +885,7 @@ def shown(database: Database) -> int:
 
 
 def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_nothing(
-    database, make_spec, server, control_uri, monkeypatch, caplog
+    database, make_spec, folder, server, control_uri, monkeypatch, caplog
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setattr("momentum_tuner.tracking.loop.LONGEST_PAUSE", 0.5)
@@ -901,8 +919,10 @@ def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_noth
         server.signal(signal.SIGCONT)
         wait_for(lambda: shown(database) == 12)
         assert loop.finish() is True
-    found = contents(server.uri, with_ids=False)
-    parents, children = runs_of(server.uri)
+    server.kill()
+    uri = f"sqlite:///{folder / 'mlflow.db'}"  # quicker without the server
+    found = contents(uri, with_ids=False)
+    parents, children = runs_of(uri)
     assert (len(parents), len(children)) == (1, 12)
     publish(database, find_study(database, study.name), control_uri)
     assert found == contents(control_uri, with_ids=False)
@@ -950,6 +970,19 @@ def test_a_loop_shows_what_a_study_that_grew_adds(database, make_spec, uri):
     (parent,), children = runs_of(uri)
     assert (parent.info.status, len(children)) == ("FINISHED", 6)
     assert parent.data.tags["trials_per_optimizer"] == "3"
+
+
+def test_a_loop_sees_that_a_study_was_deleted_and_submitted_again(database, make_spec, uri):
+    first = finished_study(database, make_spec)
+    loop = Loop(database, uri, ())
+    wait_for(lambda: shown(database) == 4)
+    delete_study(database, first.id)
+    second = finished_study(database, make_spec)
+    assert second.id == first.id, "SQLite gives the number again"
+    wait_for(lambda: shown(database) == 4)
+    assert loop.finish() is True
+    parents, children = runs_of(uri)
+    assert (len(parents), len(children)) == (2, 8)
 
 
 def test_a_loop_waits_for_the_lease_of_a_publisher_that_was_killed(database, make_spec, uri, monkeypatch):
@@ -1116,7 +1149,7 @@ def test_seconds_per_published_trial(database, make_spec, uri, capsys):
     publisher._learn()
     publisher._show_parent()
     spent = {"all": -time.perf_counter(), "mlflow": 0.0}
-    for name in ("create_run", "log_batch", "set_terminated"):
+    for name in ("create_run", "log_batch", "set_terminated", "search_runs", "get_experiment_by_name"):
         setattr(publisher._store._client, name, timed(getattr(publisher._store._client, name), spent))
     assert publisher.publish().complete
     spent["all"] += time.perf_counter()

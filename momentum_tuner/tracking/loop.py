@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ class PublisherLoop:
         self.tracking_uri = check_tracking_uri(tracking_uri)
         self.name = name
         self._publishers: dict[int, Publisher] = {}
-        self._whole: set[int] = set()
+        self._whole: dict[int, StudyRecord] = {}  # as they were when all of them was shown
         self._failing = False
 
     def run(self, finishing: Callable[[], bool], every: float = 1.0) -> bool:
@@ -54,13 +53,9 @@ class PublisherLoop:
         """
         pause = every
         patience = LEASE_SECONDS + every
-        frozen = False
         while True:
             last = finishing()
             whole = self._try_pass()
-            if not frozen and whole is not None:
-                gc.freeze()  # MLflow is loaded and lives on: its collection again and again takes a fifth of the time
-                frozen = True
             pause = every if whole is not None else min(max(pause, every) * 2, LONGEST_PAUSE)
             if last and (whole is not False or patience <= 0.0):
                 break
@@ -94,14 +89,12 @@ class PublisherLoop:
     def _pass(self) -> bool:
         whole = True
         for study in self._studies():
-            if study.id in self._whole and study.phase == "done":
+            if study.phase == "done" and self._whole.get(study.id) == study:
                 continue
             result = self._publisher(study).publish()
             whole = whole and not result.busy and not result.refused
             if result.complete:
-                self._whole.add(study.id)
-            else:
-                self._whole.discard(study.id)
+                self._whole[study.id] = study
         return whole
 
     def _studies(self) -> list[StudyRecord]:
@@ -111,7 +104,8 @@ class PublisherLoop:
 
     def _publisher(self, study: StudyRecord) -> Publisher:
         found = self._publishers.get(study.id)
-        if found is None or found.study.spec != study.spec:  # its budget has grown
+        # It may have grown, or another one may have taken the place of one that was deleted.
+        if found is None or (found.study.spec, found.study.created_at) != (study.spec, study.created_at):
             found = self._publishers[study.id] = Publisher(self.database, study, self.tracking_uri, self.name)
         return found
 

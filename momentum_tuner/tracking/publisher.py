@@ -39,10 +39,11 @@ from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS = 30.0
 RENEW_SECONDS = 10.0
-"""How old a lease may be when something is shown: far below `LEASE_SECONDS`, as MLflow may take long to answer."""
+"""How old a lease may be when MLflow is asked for something, which may take as long again."""
 FLUSH_TICKETS = 32
+MOST_CHANGES = 3
 LIVE_SECONDS = 5.0
 """How often the curves of trials that still run are brought up to date, if that is quick."""
 LIVE_SHARE = 0.1
@@ -100,6 +101,7 @@ class Publisher:
 
     def publish(self) -> PassResult:
         """One pass: the parent run, trials that have ended, curves of those that run."""
+        changes = 0
         while True:
             try:
                 self._take_lease()
@@ -115,6 +117,9 @@ class Publisher:
                 return PassResult(busy=True)
             except RunsChangedError:
                 self._learned = False
+                changes += 1
+                if changes > MOST_CHANGES + len(self._doubted):  # somebody takes away what is shown, again and again
+                    return PassResult(refused=len(self._refused))
 
     def show_waiting(self) -> None:
         """Show the parent and the trials that were given back as scheduled: nobody works on them now."""
@@ -271,7 +276,6 @@ class Publisher:
         notes: list[dict[str, Any]] = []
         try:
             for ticket in tickets:
-                self._keep_lease()
                 try:
                     notes.append(self._publish_ticket(ticket, curves[ticket.id]))
                 except Exception as error:
@@ -315,7 +319,9 @@ class Publisher:
         done = ticket.state == "done"
         if done:
             points += final_points(ticket)
+        self._keep_lease()
         self._store.show(run, points, trial_params(ticket), trial_tags(ticket))
+        self._keep_lease()
         if done:
             self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
         else:
@@ -333,6 +339,7 @@ class Publisher:
             return found
         name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {})
         tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
+        self._keep_lease()
         return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)
 
     # The result

@@ -11,7 +11,7 @@ A trial-step is one optimizer step of one trial. Each way runs in two layouts: o
 and one process per core with one thread each, which start together and count over the same window.
 
 - plain: one hand-written loop per process, data in memory, one gather per epoch (see README.md),
-  `torch.optim.SGD` with Nesterov momentum and torch's fused kernel. Training steps only. The better layout is the
+  `torch.optim.SGD` with Nesterov momentum and torch's fused kernel. The better layout is the
   baseline, ratio 1.
 - fused: `Trainer.train_epoch` in steady state, the width divided among the processes. Its measures of every step and
   the evaluation after every epoch are included; the plain loop evaluates too. A model that vmap cannot batch trains one
