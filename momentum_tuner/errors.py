@@ -73,12 +73,13 @@ class StudyFailedError(MomentumTunerError):
     """The study could not be brought to its end."""
 
 
-_SECRET = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^\s/@]*@")
+_USER = re.compile(r"([a-zA-Z][\w+.-]*://)\S*@")  # up to the last @ of the word: a password may hold one
+_OPTION = re.compile(r"((?:password|passwd|pwd|token|secret)=)[^\s&;'\"]+", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
     """A text with user and password of every URL in it hidden, for logs, tables, tags and messages."""
-    return _SECRET.sub(lambda found: f"{found['scheme']}***@", text)
+    return _OPTION.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def describe_failure(error: BaseException) -> str:

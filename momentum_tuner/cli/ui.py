@@ -104,4 +104,6 @@ def publish(name: str, storage: str, tracking_uri: str) -> None:
         publisher.close()
     if result.busy:
         raise TrackingError(f"another process publishes {name!r} now; try again in half a minute")
+    if result.refused:
+        raise TrackingError(f"MLflow does not take {result.refused} trial(s) of {name!r}; what it said stands above")
     click.echo(f"MLflow has all finished trials of {name}: {result.trials} brought up to date now.")

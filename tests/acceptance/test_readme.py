@@ -50,7 +50,7 @@ def test_commands_on_digits_mlp_run(finished):
 def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
     _, out = finished
     shown = block("output of run").strip().splitlines()
-    real = out[out.index("digits-mlp: best setting") :].strip().splitlines()
+    real = out[out.index("digits-mlp: best setting") : out.index("Paste into")].strip().splitlines()
     first_words = [[line.split()[0] if line.split() else "" for line in lines] for lines in (shown, real)]
     assert shown[0].strip() == real[0].strip()
     assert shown[2].split() == real[2].split()  # the heading
