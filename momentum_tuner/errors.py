@@ -10,7 +10,6 @@
     │   ├── TrackingError         the MLflow URI is wrong or nothing answers there
     │   ├── DeviceError           the device asked for is not on this machine
     │   └── MissingExtraError     an optional package is not installed
-    ├── TicketLostError           the fence: another worker holds this ticket now
     └── StudyFailedError          the work itself failed: exit code 1
 
 A trial that diverges is a result (`outcome = "diverged"`), not an exception.
@@ -63,10 +62,6 @@ class DeviceError(InputError):
 
 class MissingExtraError(InputError):
     """A package of an optional extra is not installed."""
-
-
-class TicketLostError(MomentumTunerError):
-    """Another worker holds this ticket now: what was computed for it is discarded."""
 
 
 class StudyFailedError(MomentumTunerError):

@@ -54,14 +54,10 @@ def run(study_file: Path, **options: object) -> None:
     The same file again goes on where it stopped, or says that the study is complete.
     """
     from momentum_tuner.database import Database
-    from momentum_tuner.spec import load_study
-    from momentum_tuner.tasks import trust_of
 
     arguments = WorkerArguments(**options)  # type: ignore[arg-type]
-    spec = load_study(study_file)
-    folder = study_file.absolute().parent
-    mine = trust_of(spec.task.factory, folder)
-    trusted = (*arguments.trust, *([mine] if mine else []))
+    spec, folder, mine = _read_study(study_file)
+    trusted = (*arguments.trust, *mine)
     database = Database(arguments.storage)
     _work(arguments, database, spec.name, trusted, lambda: put_study(database, spec, folder, trusted))
 
@@ -85,17 +81,13 @@ def resume(name: str, **options: object) -> None:
 def submit(study_file: Path, storage: str) -> None:
     """Put the study into the database and return; workers anywhere take it from there."""
     from momentum_tuner.database import Database
-    from momentum_tuner.spec import load_study
-    from momentum_tuner.tasks import trust_of
 
-    spec = load_study(study_file)
-    folder = study_file.absolute().parent
-    mine = trust_of(spec.task.factory, folder)
+    spec, folder, mine = _read_study(study_file)
     database = Database(storage)
-    study = put_study(database, spec, folder, [mine] if mine else [])
+    study = put_study(database, spec, folder, mine)
     trials = spec.budget.trials * len(spec.optimizers)
     click.echo(f"Submitted {study.name}: {trials} trials ({', '.join(spec.optimizers)}) in {database.shown}.")
-    trust = f" --trust {mine}" if mine else ""
+    trust = "".join(f" --trust {entry}" for entry in mine)
     click.echo(f"Serve it with: momentum-tuner worker {study.name}{trust}")
 
 
@@ -127,6 +119,17 @@ def worker(names: tuple[str, ...], forever: bool, **options: object) -> None:
             time.sleep(POLL_SECONDS)
         workers.finish_publishing(10.0 if interrupted() else PUBLISH_SECONDS)
     _raise_failures(workers)
+
+
+def _read_study(study_file: Path) -> tuple[StudySpec, Path, list[str]]:
+    """A study file, its folder, and what its user trusts by naming it: its own task, if it is not built in."""
+    from momentum_tuner.spec import load_study
+    from momentum_tuner.tasks import trust_of
+
+    spec = load_study(study_file)
+    folder = study_file.absolute().parent
+    mine = trust_of(spec.task.factory, folder)
+    return spec, folder, [mine] if mine else []
 
 
 def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequence[str]) -> StudyRecord:

@@ -1,7 +1,6 @@
 """Studies, tickets and records in SQL: SQLite by default, PostgreSQL for many workers."""
 
 from momentum_tuner.database.engine import (
-    DEFAULT_URL,
     Database,
     engine_options,
     insert_new,
@@ -11,7 +10,6 @@ from momentum_tuner.database.migrate import migrate, optuna_differs
 from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
 
 __all__ = [
-    "DEFAULT_URL",
     "Base",
     "Calibration",
     "Database",

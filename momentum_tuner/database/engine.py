@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from momentum_tuner.errors import MissingExtraError, StorageError, redact
 
-DEFAULT_URL = "sqlite:///momentum_tuner.db"
 BUSY_SECONDS = 30
 STATEMENT_SECONDS = 30
 

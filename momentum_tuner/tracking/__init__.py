@@ -3,10 +3,9 @@
 from momentum_tuner.tracking.loop import PublisherLoop
 from momentum_tuner.tracking.publisher import PassResult, Publisher, short_reason
 from momentum_tuner.tracking.runs import run_name, short_momentum
-from momentum_tuner.tracking.store import DEFAULT_TRACKING_URI, check_tracking_uri, quiet_mlflow
+from momentum_tuner.tracking.store import check_tracking_uri, quiet_mlflow
 
 __all__ = [
-    "DEFAULT_TRACKING_URI",
     "PassResult",
     "Publisher",
     "PublisherLoop",

@@ -14,7 +14,6 @@ from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Poin
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 PARENT = ""
 """The key of the parent among the runs, where a child's is its ticket."""
 
