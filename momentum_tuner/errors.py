@@ -7,6 +7,7 @@
     │   ├── StudyNotFoundError    no study of that name in this database
     │   ├── StudyChangedError     the study file differs from what the database holds
     │   ├── StorageError          the database URL is wrong or nothing answers there
+    │   ├── CheckpointError       the place for checkpoints is wrong, or cannot be written
     │   ├── TrackingError         the MLflow URI is wrong or nothing answers there
     │   ├── DeviceError           the device asked for is not on this machine
     │   └── MissingExtraError     an optional package is not installed
@@ -50,6 +51,10 @@ class StudyChangedError(InputError):
 
 class StorageError(InputError):
     """The database URL is wrong, or no database answers there."""
+
+
+class CheckpointError(InputError):
+    """The place for checkpoints is wrong, or cannot be written."""
 
 
 class TrackingError(InputError):

@@ -95,7 +95,7 @@ class Worker:
         Raises:
             InputError: a named study's task cannot be loaded.
         """
-        register_worker(self.database, self.identity, self.options.device)
+        register_worker(self.database, self.identity, self.options.device, self.options.node)
         refused: dict[int, str] = {}
         try:
             with Heartbeat(self.database, self.identity.id):

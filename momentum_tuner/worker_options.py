@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 GRACE_SECONDS = 30.0
 """A worker whose heartbeat is older than this is given up, and its tickets are adopted."""
+CHECKPOINT_SECONDS = 30.0
+"""How much work a worker that dies may lose at most."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class WorkerOptions:
         forever: wait for new studies instead of ending.
         ordinal: makes the samplers of several workers draw different points.
         grace_seconds: after how long a silent worker is given up.
+        checkpoints: where the states of running trials are kept (a folder or a URL of fsspec); None: nowhere.
+        checkpoint_seconds: how often.
+        node: the machine that people see it on; empty for the host's name.
     """
 
     studies: tuple[str, ...] = ()
@@ -33,3 +38,6 @@ class WorkerOptions:
     forever: bool = False
     ordinal: int = 0
     grace_seconds: float = GRACE_SECONDS
+    checkpoints: str | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    node: str = ""

@@ -808,6 +808,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        assert self.process is None, "it runs already"
         command = [
             sys.executable,
             "-m",
@@ -860,7 +861,7 @@ class Loop:
         self.loop = PublisherLoop(database, studies, uri, "loop")
         self.finishing = threading.Event()
         self.whole: bool | None = None
-        self.thread = threading.Thread(target=self.work)
+        self.thread = threading.Thread(target=self.work, daemon=True)  # a failed test must not keep pytest from ending
         self.thread.start()
 
     def work(self) -> None:
@@ -896,7 +897,7 @@ def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_noth
         loop = Loop(database, server.uri)
         wait_for(lambda: loop.loop._failing)
         server.start()
-        wait_for(lambda: shown(database) == 4)
+        wait_for(lambda: shown(database) == 4 and not loop.loop._failing)
 
         real, calls = RunStore.show, 0
 
@@ -911,7 +912,7 @@ def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_noth
         finish(database, *((c, complete(0.5), epochs(4)) for c in claims[4:9]))
         wait_for(lambda: loop.loop._failing)
         server.start()
-        wait_for(lambda: shown(database) == 9)
+        wait_for(lambda: shown(database) == 9 and not loop.loop._failing)
         server.signal(signal.SIGSTOP)  # it hangs: it takes connections and says nothing
         finish(database, *((c, complete(0.5), epochs(4)) for c in claims[9:]))
         finish_study(database, study.id)

@@ -85,10 +85,10 @@ def progress_table(progress: StudyProgress) -> Table:
 def workers_table(progress: StudyProgress) -> Table:
     """Who works on the study."""
     table = _table("workers")
-    for name in ("worker", "device", "slots", "state", "heartbeat"):
+    for name in ("worker", "node", "device", "slots", "state", "heartbeat"):
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
-        table.add_row(w.id, w.device, str(w.slots), w.state, f"{w.heartbeat_age_s:.0f} s ago")
+        table.add_row(w.id, w.node, w.device, str(w.slots), w.state, f"{w.heartbeat_age_s:.0f} s ago")
     return table
 
 

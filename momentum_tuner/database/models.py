@@ -102,6 +102,7 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     study_id: Mapped[int | None] = mapped_column(ForeignKey("tuner_studies.id", ondelete="SET NULL"))
     host: Mapped[str] = mapped_column(String(255))
+    node: Mapped[str] = mapped_column(String(255))
     pid: Mapped[int]
     device: Mapped[str] = mapped_column(String(64))
     slots: Mapped[int]

@@ -63,6 +63,7 @@ class WorkerProgress:
 
     id: str
     host: str
+    node: str
     device: str
     slots: int
     state: str
@@ -122,6 +123,7 @@ def study_progress(database: Database, study: StudyRecord) -> StudyProgress:
             WorkerProgress(
                 id=w.id,
                 host=w.host,
+                node=w.node,
                 device=w.device,
                 slots=w.slots,
                 state=w.state if now - w.heartbeat < GRACE_SECONDS else "lost",

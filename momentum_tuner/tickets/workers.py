@@ -34,13 +34,21 @@ class WorkerIdentity:
         return cls(f"{host[:40]}-{os.getpid()}-{uuid.uuid4().hex[:6]}", host, os.getpid())
 
 
-def register_worker(database: Database, identity: WorkerIdentity, device: str) -> None:
-    """Enter a worker into the table, alive from now on."""
+def register_worker(database: Database, identity: WorkerIdentity, device: str, node: str = "") -> None:
+    """Enter a worker into the table, alive from now on.
+
+    Args:
+        database: the workers.
+        identity: who it is.
+        device: what it trains on.
+        node: the machine that people see it on; empty for the host's name.
+    """
     with database.write() as session:
         session.add(
             Worker(
                 id=identity.id,
                 host=identity.host,
+                node=node or identity.host,
                 pid=identity.pid,
                 device=device,
                 slots=0,
