@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from momentum_tuner.database import Database, engine_options, optuna_differs, tune_sqlite
+from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
 from momentum_tuner.errors import StorageError
+from momentum_tuner.faults import crash_point
 from momentum_tuner.space import distributions, grid, settings
 from momentum_tuner.spec import StudySpec
 
@@ -41,6 +43,8 @@ class AskedTrial:
 class Search:
     """The Optuna studies of one study, one for each optimizer.
 
+    Every method raises `StorageError` where the database does not answer; each can be called again then.
+
     Args:
         database: where they live, beside our own tables; migrated.
         spec: the study.
@@ -49,10 +53,12 @@ class Search:
 
     def __init__(self, database: Database, spec: StudySpec, worker_seed: int = 0) -> None:
         self.spec = spec
-        self._backend = open_storage(database)
-        self._storage = optuna.storages.get_storage(self._backend)  # finished trials are kept in memory
+        self._database = database
         self._worker_seed = worker_seed
-        self._studies = {optimizer: self._open(optimizer) for optimizer in spec.optimizers}
+        with self._reaching():
+            self._backend = open_storage(database)
+            self._storage = optuna.storages.get_storage(self._backend)  # finished trials are kept in memory
+            self._studies = {optimizer: self._open(optimizer) for optimizer in spec.optimizers}
         self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.optimizers}
 
     def ask(self, optimizer: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
@@ -70,13 +76,17 @@ class Search:
             distributions={name: space[name] for name in fixed or {}},
             user_attrs={TICKET: ticket_id},
         )
-        return self._suggest(optimizer, self._storage.create_new_trial(self._study_id(optimizer), template))
+        with self._reaching():
+            trial_id = self._storage.create_new_trial(self._study_id(optimizer), template)
+            crash_point("asking")
+            return self._suggest(optimizer, trial_id)
 
     def recall(self, optimizer: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
-        for frozen in self._running(optimizer):
-            if frozen.user_attrs.get(TICKET) == ticket_id:
-                return self._suggest(optimizer, frozen._trial_id)
+        with self._reaching():
+            for frozen in self._running(optimizer):
+                if frozen.user_attrs.get(TICKET) == ticket_id:
+                    return self._suggest(optimizer, frozen._trial_id)
         return None
 
     def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
@@ -89,7 +99,9 @@ class Search:
         """
         left = 0
         for optimizer in self.spec.optimizers:
-            for frozen in self._running(optimizer):
+            with self._reaching():
+                running = self._running(optimizer)
+            for frozen in running:
                 trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
                 if done or trial_id not in (None, frozen._trial_id):
                     self.tell(optimizer, frozen._trial_id, "failed", None)
@@ -98,12 +110,19 @@ class Search:
 
     def report(self, optimizer: str, trial_id: int, epoch: int, value: float) -> None:
         """Report the objective's value at a rung."""
-        self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+        with self._reaching():
+            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+
+    def reported(self, trial_id: int) -> set[int]:
+        """The epochs at which the trial has reported."""
+        with self._reaching():
+            return set(self._storage.get_trial(trial_id).intermediate_values)
 
     def should_prune(self, optimizer: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report."""
         study = self._studies[optimizer]
-        return bool(study.pruner.prune(study, self._storage.get_trial(trial_id)))
+        with self._reaching():
+            return bool(study.pruner.prune(study, self._storage.get_trial(trial_id)))
 
     def tell(self, optimizer: str, trial_id: int, outcome: str, value: float | None) -> None:
         """Finish a trial; telling it again changes nothing.
@@ -118,13 +137,25 @@ class Search:
             state = TrialState.FAIL
         else:
             state, values = TrialState.COMPLETE, value
-        number = self._storage.get_trial_number_from_id(trial_id)
-        self._studies[optimizer].tell(number, values=values, state=state, skip_if_finished=True)
+        with self._reaching():
+            number = self._storage.get_trial_number_from_id(trial_id)
+            self._studies[optimizer].tell(number, values=values, state=state, skip_if_finished=True)
 
     def close(self) -> None:
         """Give the connections back."""
         self._backend.remove_session()
         self._backend.engine.dispose()
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn errors of reaching the database into `StorageError`, those that Optuna wraps too."""
+        with self._database.translated():
+            try:
+                yield
+            except optuna.exceptions.StorageInternalError as error:
+                if isinstance(error.__cause__, UNREACHABLE):
+                    raise error.__cause__ from None
+                raise
 
     def _study_id(self, optimizer: str) -> int:
         return self._storage.get_study_id_from_name(study_name(self.spec.name, optimizer))
@@ -181,7 +212,7 @@ def open_storage(database: Database) -> optuna.storages.RDBStorage:
         storage.remove_session()
         storage.engine.dispose()
         raise StorageError(optuna_differs(database, held, known))
-    tune_sqlite(storage.engine)
+    tune_engine(storage.engine)
     storage.remove_session()
     storage.engine.dispose()  # connections from before the tuning
     return storage

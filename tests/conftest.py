@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,20 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: its processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from momentum_tuner.database import Database, migrate
 from momentum_tuner.spec import StudySpec
 
 DIALECTS = ("sqlite", "postgresql")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the one study that the session runs for them stay in one process of pytest-xdist, and run it once."""
+    for item in items:
+        if "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("finished"))
 
 
 @dataclass

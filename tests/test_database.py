@@ -94,10 +94,10 @@ def test_what_the_url_says_about_a_connection_holds(postgresql):
     url = f"{postgresql.url(name)}&connect_timeout=3&options=-c%20application_name%3Dmine%20-c%20work_mem%3D5MB"
     with closing(Database(url)) as database, database.read() as session:
         shown = {name: session.scalar(sa.text(f"SHOW {name}")) for name in ("work_mem", "statement_timeout")}
-        assert shown == {"work_mem": "5MB", "statement_timeout": "30s"}
+        assert shown == {"work_mem": "5MB", "statement_timeout": "20s"}
         driver = session.connection().connection.driver_connection
         assert driver.info.get_parameters()["connect_timeout"] == "3"
-        assert driver.info.get_parameters()["tcp_user_timeout"] == "30000"
+        assert driver.info.get_parameters()["tcp_user_timeout"] == "10000"
     postgresql.drop(name)
 
 
@@ -274,6 +274,7 @@ def test_a_clock_that_is_wrong_on_this_machine_changes_nothing(database, monkeyp
             Worker(
                 id="w",
                 host="h",
+                node="h",
                 pid=1,
                 device="cpu",
                 slots=0,
@@ -287,7 +288,7 @@ def test_a_clock_that_is_wrong_on_this_machine_changes_nothing(database, monkeyp
 
 
 def test_inserting_again_leaves_the_first_row(database):
-    values = {"id": "w", "host": "first", "pid": 1, "device": "cpu", "slots": 0, "state": "running"}
+    values = {"id": "w", "host": "first", "node": "n", "pid": 1, "device": "cpu", "slots": 0, "state": "running"}
     for host in ("first", "second"):
         with database.write() as session:
             session.execute(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -18,8 +19,10 @@ from momentum_tuner.metrics import EpochRecord
 from momentum_tuner.tickets import (
     Claim,
     Heartbeat,
+    Outage,
     Result,
     WorkerIdentity,
+    alive_workers,
     assign_worker,
     begin_finish,
     best_settings,
@@ -30,12 +33,15 @@ from momentum_tuner.tickets import (
     finish_study,
     give_back,
     list_studies,
+    note_checkpoints,
+    noted_checkpoints,
     noted_trials,
     read_epochs,
     record_epochs,
     register_worker,
     set_trials,
     stop_worker,
+    studies_with_work,
     study_progress,
     submit_study,
     with_trial,
@@ -57,8 +63,12 @@ def join(database: Database, *names: str) -> None:
         register_worker(database, WorkerIdentity(name, "host", 1), "cpu")
 
 
-def take(database: Database, study, worker: str, limit: int = 100, *, max_attempts: int = 3) -> list[Claim]:
-    return claim(database, study.id, worker, limit, max_attempts=max_attempts, grace_seconds=GRACE)
+def take(database: Database, study, worker: str, limit: int = 100, *, max_attempts: int = 3, **options) -> list[Claim]:
+    """Claim as a worker does that knows what it holds."""
+    with database.read() as session:
+        held = session.scalars(sa.select(Ticket.id).where(Ticket.worker_id == worker)).all()
+    options = {"holding": held, "grace_seconds": GRACE, **options}
+    return claim(database, study.id, worker, limit, max_attempts=max_attempts, **options)
 
 
 def ask(database: Database, claims: list[Claim], settings: dict[str, float] | None = None) -> list[Claim]:
@@ -240,6 +250,7 @@ def test_a_claim_says_what_the_ticket_holds(database, make_spec):
         outcome=None,
         value=None,
         checkpoint=None,
+        attempts=1,
     )
     found = row(database, held.ticket_id)
     assert (found.state, found.worker_id, found.attempts, found.generation) == ("running", "w", 1, 1)
@@ -284,7 +295,7 @@ while True:
             break
 mine = []
 while True:
-    claims = claim(database, study.id, name, 1, max_attempts=3)
+    claims = claim(database, study.id, name, 1, max_attempts=3, holding=mine)
     if not claims:
         break
     mine += [c.ticket_id for c in claims]
@@ -341,7 +352,7 @@ def test_tickets_of_a_silent_worker_are_adopted_with_their_trial(database, make_
     assert take(database, study, "new") == []
     age_heartbeat(database, "old", GRACE + 1)
     after = take(database, study, "new")
-    assert after == [replace(c, worker_id="new", generation=2) for c in before]
+    assert after == [replace(c, worker_id="new", generation=2, attempts=2) for c in before]
     assert after[0].settings == settings
     found = row(database, before[0].ticket_id)
     assert (found.state, found.worker_id, found.attempts, found.generation) == ("running", "new", 2, 2)
@@ -394,9 +405,11 @@ def test_whoever_lost_its_ticket_writes_nothing(database, make_spec):
     after = row(database, current.ticket_id).__dict__
     before.pop("_sa_instance_state"), after.pop("_sa_instance_state")
     assert after == before
-    assert read_epochs(database, current.ticket_id) == []
+    assert read_epochs(database, [current.ticket_id])[current.ticket_id] == []
+    assert note_checkpoints(database, [(zombie, "stale", True)]) == set()
+    assert row(database, current.ticket_id).checkpoint is None
     assert record_epochs(database, [(current, record(0, valid_loss=2.0))]) == {current.ticket_id}
-    assert [r.valid_loss for r in read_epochs(database, current.ticket_id)] == [2.0]
+    assert [r.valid_loss for r in read_epochs(database, [current.ticket_id])[current.ticket_id]] == [2.0]
 
 
 def test_the_generation_alone_is_a_fence_too(database, make_spec):
@@ -419,7 +432,7 @@ def test_of_several_records_only_those_of_lost_tickets_are_refused(database, mak
         session.execute(sa.update(Ticket).where(Ticket.id == claims[0].ticket_id).values(worker_id="new", generation=2))
     kept = {c.ticket_id for c in claims[1:]}
     assert record_epochs(database, [(c, record(0, valid_loss=1.0)) for c in claims]) == kept
-    assert {t for c in claims for t in [c.ticket_id] if read_epochs(database, t)} == kept
+    assert {t for c in claims for t in [c.ticket_id] if read_epochs(database, [t])[t]} == kept
     results = begin_finish(database, [(c, Result("complete", 1.0)) for c in claims])
     assert {c.ticket_id for c, _ in results} == kept
 
@@ -455,7 +468,116 @@ def test_giving_back_opens_the_ticket_without_counting_an_attempt(database, make
         found = row(database, held.ticket_id)
         assert (found.state, found.worker_id, found.slot, found.attempts) == ("open", None, None, 0)
         assert found.trial_id == held.trial_id
-    assert len(read_epochs(database, held.ticket_id)) == 1
+    assert len(read_epochs(database, [held.ticket_id])[held.ticket_id]) == 1
+
+
+def test_tickets_of_a_claim_whose_answer_was_lost_come_back_and_none_that_is_held(database, make_spec):
+    study = submit(database, make_spec())
+    join(database, "w", "other")
+    known = take(database, study, "w", 2)
+    lost = take(database, study, "w", 3)
+    back = take(database, study, "w", 3, holding=[c.ticket_id for c in known])
+    assert back == [replace(c, generation=2, attempts=2) for c in lost]
+    held = [*known, *back]
+    rest = take(database, study, "w", holding=[c.ticket_id for c in held])
+    assert not {c.ticket_id for c in rest} & {c.ticket_id for c in held}
+    assert len(held) + len(rest) == 12
+    assert {(c.worker_id, c.generation) for c in rest} == {("w", 1)}
+    assert take(database, study, "other") == []
+    assert record_epochs(database, [(lost[0], record(0))]) == set(), "the lost answer is fenced"
+
+
+def test_a_lost_claim_of_a_decided_ticket_comes_back_with_what_is_left_to_tell(database, make_spec):
+    study = submit(database, make_spec(optimizers=["sgd"], budget={"trials": 1, "epochs": 2}))
+    join(database, "w")
+    (held,) = ask(database, take(database, study, "w"))
+    begin_finish(database, [(held, Result("complete", 0.5))])
+    (back,) = take(database, study, "w", holding=[])
+    assert (back.outcome, back.value, back.generation, back.attempts) == ("complete", 0.5, 2, 1)
+
+
+def test_after_an_outage_only_tickets_of_stopped_workers_are_adopted(database, make_spec):
+    study = submit(database, make_spec())
+    join(database, "silent", "stopped", "new")
+    take(database, study, "silent", 6)
+    gone = take(database, study, "stopped", 6)
+    age_heartbeat(database, "silent", GRACE + 1000)
+    stop_worker(database, "stopped")
+    assert {c.ticket_id for c in take(database, study, "new", adopt=False)} == {c.ticket_id for c in gone}
+    assert take(database, study, "new", adopt=False) == []
+    assert len(take(database, study, "new")) == 6
+
+
+def test_of_tickets_on_their_last_attempt_a_worker_takes_one_at_a_time(database, make_spec):
+    study = submit(database, make_spec(optimizers=["sgd"], budget={"trials": 6, "epochs": 2}))
+    join(database, "dead", "w")
+    ids = [c.ticket_id for c in take(database, study, "dead")]
+    with database.write() as session:  # the first three killed a worker before this one
+        session.execute(sa.update(Ticket).where(Ticket.id.in_(ids[:3])).values(attempts=2))
+    stop_worker(database, "dead")
+    without = take(database, study, "w", 2, with_last_attempt=False)
+    assert [c.ticket_id for c in without] == ids[3:5]
+    first = take(database, study, "w")
+    assert [(c.ticket_id, c.attempts) for c in first] == [(ids[0], 3), (ids[5], 2)]
+    assert take(database, study, "w", with_last_attempt=False) == []
+    second = take(database, study, "w")
+    assert [(c.ticket_id, c.attempts, c.outcome) for c in second] == [(ids[1], 3, None)]
+
+
+def test_with_a_single_attempt_no_ticket_is_on_its_last(database, make_spec):
+    study = submit(database, make_spec(optimizers=["sgd"], budget={"trials": 6, "epochs": 2}))
+    join(database, "w", "next")
+    assert len(take(database, study, "w", max_attempts=1)) == 6
+    stop_worker(database, "w")
+    given_up = take(database, study, "next", max_attempts=1)
+    assert [c.outcome for c in given_up] == ["failed"] * 6
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_noted_and_forgives_attempts_only_where_the_trial_has_come_further(database, make_spec):
+    study = submit(database, make_spec(optimizers=["sgd"], budget={"trials": 2, "epochs": 2}))
+    join(database, "first", "second", "third")
+    take(database, study, "first")
+    stop_worker(database, "first")
+    ahead, stuck = take(database, study, "second")
+    assert noted_checkpoints(database, study.id) == []
+    noted = note_checkpoints(database, [(ahead, "[1]", True), (stuck, "[2]", False)])
+    assert noted == {ahead.ticket_id, stuck.ticket_id}
+    assert sorted(noted_checkpoints(database, study.id)) == ["[1]", "[2]"]
+    assert rows(database, Ticket.attempts, Ticket.checkpoint) == [(1, "[1]"), (2, "[2]")]
+    stop_worker(database, "second")
+    found = {c.ticket_id: c for c in take(database, study, "third")}
+    assert (found[ahead.ticket_id].attempts, found[ahead.ticket_id].checkpoint) == (2, "[1]")
+    assert (found[stuck.ticket_id].attempts, found[stuck.ticket_id].checkpoint) == (3, "[2]")
+    assert note_checkpoints(database, [(ahead, "[3]", True)]) == set()
+    assert rows(database, Ticket.attempts, Ticket.checkpoint) == [(2, "[1]"), (3, "[2]")]
+
+
+def test_a_checkpoint_stays_with_a_ticket_that_is_given_back_and_goes_when_it_is_done(database, make_spec):
+    study = submit(database, make_spec(optimizers=["sgd"], budget={"trials": 1, "epochs": 2}))
+    join(database, "w")
+    (held,) = ask(database, take(database, study, "w"))
+    note_checkpoints(database, [(held, "[1]", True)])
+    give_back(database, [held])
+    assert note_checkpoints(database, [(held, "[2]", True)]) == set()
+    (back,) = take(database, study, "w")
+    assert (back.checkpoint, back.attempts, back.trial_id) == ("[1]", 1, held.trial_id)
+    begin_finish(database, [(back, Result("complete", 1.0))])
+    assert note_checkpoints(database, [(back, "[2]", True)]) == set()
+    assert noted_checkpoints(database, study.id) == ["[1]"]
+    end_finish(database, [back])
+    assert noted_checkpoints(database, study.id) == []
+    assert row(database, back.ticket_id).checkpoint is None
+
+
+def test_checkpoints_of_other_studies_are_not_listed(database, make_spec):
+    study, other = submit(database, make_spec()), submit(database, make_spec(name="other"))
+    join(database, "w")
+    note_checkpoints(database, [(take(database, other, "w", 1)[0], "[1]", True)])
+    assert noted_checkpoints(database, study.id) == []
+    assert noted_checkpoints(database, other.id) == ["[1]"]
 
 
 # Recording
@@ -483,8 +605,8 @@ def test_records_come_back_as_they_were_written(database, make_spec):
     )
     bare = EpochRecord(epoch=0, step=0)
     assert record_epochs(database, [(held, full), (held, bare), (other, bare)]) == {held.ticket_id, other.ticket_id}
-    assert read_epochs(database, held.ticket_id) == [bare, full]
-    assert read_epochs(database, other.ticket_id) == [bare]
+    assert read_epochs(database, [held.ticket_id])[held.ticket_id] == [bare, full]
+    assert read_epochs(database, [other.ticket_id])[other.ticket_id] == [bare]
     with database.read() as session:
         times = session.scalars(sa.select(Epoch.recorded_at)).all()
         assert all(abs(t - time.time()) < 30 for t in times)
@@ -500,7 +622,8 @@ def test_records_that_come_again_stay_as_they_were_first(database, make_spec):
     time.sleep(0.02)
     again = [(held, record(e, valid_loss=100.0 + e)) for e in range(1, 5)]
     assert record_epochs(database, again) == {held.ticket_id}
-    assert [r.valid_loss for r in read_epochs(database, held.ticket_id)] == [0.0, 1.0, 2.0, 103.0, 104.0]
+    found = read_epochs(database, [held.ticket_id])[held.ticket_id]
+    assert [r.valid_loss for r in found] == [0.0, 1.0, 2.0, 103.0, 104.0]
     with database.read() as session:
         after = session.execute(sa.select(Epoch.epoch, Epoch.recorded_at).order_by(Epoch.epoch)).all()
     assert after[:3] == before
@@ -525,9 +648,12 @@ def test_a_result_goes_through_finishing_to_done(database, make_spec):
     assert begin_finish(database, [(held, result)]) == [(held, result)]
     found = row(database, held.ticket_id)
     assert (found.state, found.outcome, found.value, found.finished_at) == ("finishing", "complete", 0.25, None)
-    assert begin_finish(database, [(held, Result("failed"))]) == []
+    assert begin_finish(database, [(held, result)]) == [(held, result)], "as if the first answer was lost"
+    again = row(database, held.ticket_id)
+    assert (again.state, again.outcome, again.value, again.measures) == ("finishing", "complete", 0.25, found.measures)
     assert record_epochs(database, [(held, record(9))]) == set()
     end_finish(database, [held])
+    assert begin_finish(database, [(held, result)]) == [], "what is done is not opened again"
     found = row(database, held.ticket_id)
     assert (found.state, found.outcome, found.value, found.reason) == ("done", "complete", 0.25, None)
     assert found.measures == {"best_valid_loss": 0.25, "diverged": False, "spikes": 3}
@@ -709,6 +835,57 @@ def test_deleting_a_study_leaves_no_row_of_it(database, make_spec):
 # Workers
 
 
+def test_studies_with_work_are_those_with_a_ticket_to_claim_now(database, make_spec):
+    untouched, held, lost, mine = (submit(database, make_spec(name=name)) for name in ("a", "b", "c", "d"))
+    ids = [untouched.id, held.id, lost.id, mine.id]
+    join(database, "w", "alive", "silent")
+    take(database, held, "alive")
+    take(database, lost, "silent")
+    take(database, mine, "w")
+    assert studies_with_work(database, ids, "w", GRACE) == {untouched.id}
+    age_heartbeat(database, "silent", GRACE + 1)
+    assert studies_with_work(database, ids, "w", GRACE) == {untouched.id, lost.id}
+    assert studies_with_work(database, ids, "silent", GRACE) == {untouched.id}, "it knows what it holds"
+    assert studies_with_work(database, [held.id, lost.id], "w", GRACE) == {lost.id}
+    assert studies_with_work(database, [], "w", GRACE) == set()
+    (one, *_) = take(database, untouched, "w")
+    assert studies_with_work(database, ids, "w", GRACE) == {lost.id}
+    give_back(database, [one])
+    assert studies_with_work(database, ids, "w", GRACE) == {untouched.id, lost.id}
+
+
+def test_alive_are_the_workers_that_have_not_stopped_and_are_heard_of(database):
+    join(database, "alive", "silent", "stopped")
+    age_heartbeat(database, "silent", GRACE + 1)
+    age_heartbeat(database, "alive", GRACE - 5)
+    stop_worker(database, "stopped")
+    assert alive_workers(database, GRACE) == {"alive"}
+    assert alive_workers(database, GRACE + 10) == {"alive", "silent"}
+
+
+def test_the_id_of_a_worker_can_begin_a_files_name_and_holds_no_dash_of_the_hosts(monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "gpu-17.lab/é x")
+    identity = WorkerIdentity.of_this_process()
+    assert identity.host == "gpu-17.lab/é x"
+    assert identity.id.startswith(f"gpu_17.lab___x-{identity.pid}-")
+    assert identity.id.count("-") == 2
+
+
+def test_an_outage_is_over_once_the_database_has_answered_for_so_long(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    outage = Outage()
+    assert outage.over_for(1e9), "there was none"
+    outage.notice()
+    assert not outage.over_for(0.1)
+    now = 1009.0
+    assert not outage.over_for(10.0)
+    now = 1010.0
+    assert outage.over_for(10.0)
+    outage.notice()
+    assert not outage.over_for(10.0)
+
+
 def test_an_identity_is_never_given_twice():
     first, second = WorkerIdentity.of_this_process(), WorkerIdentity.of_this_process()
     assert first.id != second.id
@@ -732,7 +909,8 @@ def test_a_heartbeat_beats_until_it_is_left(database):
     join(database, "w", "other")
     age_heartbeat(database, "w", 1000.0)
     age_heartbeat(database, "other", 1000.0)
-    with Heartbeat(database, "w", every=0.02):
+    outage = Outage()
+    with Heartbeat(database, "w", every=0.02, outage=outage):
         wait_for(lambda: abs(heartbeat_of(database, "w") - time.time()) < 30)
         first = heartbeat_of(database, "w")
         wait_for(lambda: heartbeat_of(database, "w") > first)
@@ -740,6 +918,7 @@ def test_a_heartbeat_beats_until_it_is_left(database):
     time.sleep(0.2)
     assert heartbeat_of(database, "w") == last
     assert heartbeat_of(database, "other") < time.time() - 900
+    assert outage.over_for(1e9), "no beat failed"
     assert not [t for t in threading.enumerate() if t.name == "heartbeat"]
 
 
@@ -758,9 +937,11 @@ def test_a_heartbeat_goes_on_after_errors_and_says_so_once(database, monkeypatch
         return write()
 
     monkeypatch.setattr(database, "write", broken)
-    with caplog.at_level(logging.WARNING), Heartbeat(database, "w", every=0.02):
+    outage = Outage()
+    with caplog.at_level(logging.WARNING), Heartbeat(database, "w", every=0.02, outage=outage):
         wait_for(lambda: heartbeat_of(database, "w") > time.time() - 100)
     assert len(failures) > 5
+    assert not outage.over_for(60.0)
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("heartbeat")]
     assert len(said) == 1
     assert "RuntimeError: a bug, of postgresql://***@host/db" in said[0]
@@ -769,8 +950,15 @@ def test_a_heartbeat_goes_on_after_errors_and_says_so_once(database, monkeypatch
 def test_a_heartbeat_survives_a_server_that_drops_its_connections(postgresql_database, postgresql):
     join(postgresql_database, "w")
     name = postgresql_database.url.database
-    with Heartbeat(postgresql_database, "w", every=0.02):
+    outage = Outage()
+
+    def heartbeat() -> float:
+        with contextlib.closing(Database(postgresql_database.text)) as fresh:
+            return heartbeat_of(fresh, "w")
+
+    with Heartbeat(postgresql_database, "w", every=0.02, outage=outage):
         for _ in range(3):
-            before = heartbeat_of(postgresql_database, "w")
+            before = heartbeat()
             postgresql.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-            wait_for(lambda before=before: heartbeat_of(postgresql_database, "w") > before)
+            wait_for(lambda before=before: heartbeat() > before)
+    assert not outage.over_for(60.0)

@@ -98,6 +98,12 @@ def assert_same_curve(found, expected, rel=1e-4):
         assert_close(one, other, rel)
 
 
+def only_stack(trainer):
+    """The tensors of a trainer's one batch of slots."""
+    (batch,) = trainer._batches
+    return batch._stack
+
+
 @pytest.fixture(params=["fused", "sequential"])
 def mode(request):
     return request.param
@@ -231,15 +237,15 @@ def test_without_new_trials_the_batch_shrinks():
     for key in (0, 1, 4):
         trainer.release(key)
     found = train(trainer, 2)
-    batch = trainer._batches[BATCH]
-    tensors = [batch._rows, batch._previous, batch._update, *(m for s in batch._slices for m in s.moments.values())]
+    stack = only_stack(trainer)
+    tensors = [stack.rows, stack.previous, stack.update, *(m for s in stack.slices for m in s.moments.values())]
     assert [len(t) for t in tensors] == [3, 3, 3, 1, 2]
     assert set(found) == {2, 3, 5}
     for key, records in found.items():
         assert_same_curve(records, control[key][1:])
     for key in (2, 3, 5):
         trainer.release(key)
-    assert train(trainer) == {} and trainer._batches == {}
+    assert train(trainer) == {} and trainer._batches == []
 
 
 def test_trials_of_different_batch_sizes_train_in_batches_of_their_own():
@@ -1069,16 +1075,16 @@ def test_frozen_parameters_and_constant_buffers_are_shared_and_not_stacked(mode)
     for seed in range(3):
         trainer.admit(seed, momentum(seed=seed))
     found = train(trainer, 2)
-    batch = trainer._batches[BATCH]
-    assert {name: b.shape for name, b in batch._buffers.items()} == {"model.calls": (3,), "model.mean": (3, 8)}
-    assert batch._rows.shape == (3, 9)
-    assert batch._buffers["model.calls"].tolist() == [2 * STEPS] * 3
+    stack = only_stack(trainer)
+    assert {name: b.shape for name, b in stack.buffers.items()} == {"model.calls": (3,), "model.mean": (3, 8)}
+    assert stack.rows.shape == (3, 9)
+    assert stack.buffers["model.calls"].tolist() == [2 * STEPS] * 3
     state = trainer.export(1)
     assert set(state.tensors) == {
         *("parameters", "previous_update", "moment/velocity", "buffer/model.calls", "buffer/model.mean")
     }
     assert_same_curve(found[1], alone(task, momentum(seed=1), 2, mode="fused"))
-    assert not batch._buffers["model.mean"].requires_grad
+    assert not stack.buffers["model.mean"].requires_grad
 
 
 def test_frozen_parameters_that_follow_the_seed_belong_to_the_slot(mode):
@@ -1088,7 +1094,7 @@ def test_frozen_parameters_that_follow_the_seed_belong_to_the_slot(mode):
     for seed in range(2):
         trainer.admit(seed, momentum(seed=seed))
     found = train(trainer, 2)
-    assert trainer._batches[BATCH]._rows.shape == (2, 9)
+    assert only_stack(trainer).rows.shape == (2, 9)
     for seed in range(2):
         torch.manual_seed(seed)
         weight = Backbone(seeded=True).frozen.weight

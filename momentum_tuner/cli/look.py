@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from momentum_tuner.cli.options import json_option, open_database, storage_option
+from momentum_tuner.cli.options import (
+    checkpoints_option,
+    json_option,
+    open_database,
+    parse_checkpoints,
+    storage_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,15 +138,18 @@ def torch_lines(found: Sequence[BestSetting]) -> list[str]:
 @click.command(epilog="Example: momentum-tuner delete digits-mlp")
 @click.argument("name")
 @storage_option
+@checkpoints_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def delete(name: str, storage: str, yes: bool) -> None:
-    """Remove a study, its trials and its Optuna studies, after asking. Runs in MLflow stay."""
+def delete(name: str, storage: str, checkpoints: str | None, yes: bool) -> None:
+    """Remove a study, its trials, their checkpoints and its Optuna studies, after asking. Runs in MLflow stay."""
+    from momentum_tuner.checkpoints import CheckpointStore
     from momentum_tuner.errors import InputError
     from momentum_tuner.search import delete_optuna_studies
     from momentum_tuner.tickets import delete_study, find_study, study_progress
 
     database = open_database(storage)
     study = find_study(database, name)
+    place = parse_checkpoints(checkpoints, database)
     progress = study_progress(database, study)
     alive = [w.id for w in progress.workers if w.state == "running"]
     if alive:
@@ -149,6 +158,8 @@ def delete(name: str, storage: str, yes: bool) -> None:
         click.confirm(f"Remove study {name!r} with {progress.done} finished trials?", abort=True)
     delete_optuna_studies(database, study.spec)
     delete_study(database, study.id)
+    if place is not None:
+        CheckpointStore(place).remove_folder(study.checkpoint_folder)
     click.echo(f"Removed {name}. Its runs in MLflow stay there.")
 
 

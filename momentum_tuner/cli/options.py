@@ -30,6 +30,14 @@ tracking_option = click.option(
     show_envvar=True,
     help="Where MLflow keeps its runs: sqlite:///file.db or http://host:5000; `none` shows nothing there.",
 )
+checkpoints_option = click.option(
+    "--checkpoints",
+    metavar="URL",
+    envvar="MOMENTUM_TUNER_CHECKPOINTS",
+    show_envvar=True,
+    help="Where states of running trials are kept: a folder or URL (s3://bucket/path) that all workers reach; "
+    "`none` keeps none. By default a folder beside the database.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -64,6 +72,7 @@ def worker_options(command: Command) -> Command:
             help="Worker processes on this machine; auto is one per GPU, or one per CPU core up to 8.",
         ),
         click.option("-v", "--verbose", is_flag=True, help="Say more about what workers do."),
+        checkpoints_option,
         tracking_option,
         storage_option,
     ):
@@ -104,3 +113,19 @@ def parse_tracking_uri(uri: str) -> str | None:
     from momentum_tuner.tracking import check_tracking_uri
 
     return None if uri == "none" else check_tracking_uri(uri)
+
+
+def parse_checkpoints(url: str | None, database: Database) -> str | None:
+    """`--checkpoints`: where they are kept, checked if the user named it; None for `none`.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    from momentum_tuner.checkpoints import CheckpointStore, default_checkpoints
+
+    if url is None:
+        return default_checkpoints(database.dialect, database.url.database)
+    if url == "none":
+        return None
+    CheckpointStore(url).prepare()
+    return url

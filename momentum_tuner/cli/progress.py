@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from momentum_tuner.cli.tables import console, progress_table, setting_text
 from momentum_tuner.database import Database
+from momentum_tuner.errors import StorageError
 from momentum_tuner.tickets import StudyProgress, StudyRecord, study_progress
 
 LINE_SECONDS = 5.0
@@ -45,6 +46,7 @@ class ProgressPage:
         self._row = self._bar.add_task(name, total=None, rate="")
         self._live = Live(self._bar, console=self._console, transient=True, refresh_per_second=4)
         self._seen_first: int | None = None
+        self._failing = False
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -64,8 +66,18 @@ class ProgressPage:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def update(self, study: StudyRecord, last: bool = False) -> None:
-        """Read the database and show how far the study is; each new best gets a line."""
-        progress = study_progress(self._database, study)
+        """Read the database and show how far the study is; each new best gets a line.
+
+        While the database does not answer, the page stays as it is: workers go on, or end and say why.
+        """
+        try:
+            progress = study_progress(self._database, study)
+        except StorageError as error:
+            if not self._failing:
+                self.say(str(error))
+            self._failing = True
+            return
+        self._failing = False
         maximize = study.spec.objective.direction == "maximize"
         for o in progress.optimizers:
             if o.best is None:

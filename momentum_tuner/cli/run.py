@@ -15,6 +15,7 @@ import click
 
 from momentum_tuner.cli.options import (
     open_database,
+    parse_checkpoints,
     parse_slots,
     parse_tracking_uri,
     storage_option,
@@ -38,6 +39,7 @@ class WorkerArguments:
 
     storage: str
     tracking_uri: str
+    checkpoints: str | None
     workers: str
     device: str
     slots: str
@@ -243,6 +245,7 @@ def _workers(
         trust=tuple(trusted),
         forever=forever,
         ordinal=ordinal,
+        checkpoints=parse_checkpoints(arguments.checkpoints, database),
     )
     level = logging.INFO if arguments.verbose else logging.WARNING
     return LocalWorkers(database, options, plan_workers(arguments.workers, arguments.device), say, level)

@@ -1,15 +1,17 @@
 """Studies, tickets and records in SQL: SQLite by default, PostgreSQL for many workers."""
 
 from momentum_tuner.database.engine import (
+    UNREACHABLE,
     Database,
     engine_options,
     insert_new,
-    tune_sqlite,
+    tune_engine,
 )
 from momentum_tuner.database.migrate import migrate, optuna_differs
 from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
 
 __all__ = [
+    "UNREACHABLE",
     "Base",
     "Calibration",
     "Database",
@@ -23,5 +25,5 @@ __all__ = [
     "migrate",
     "optuna_differs",
     "plain_number",
-    "tune_sqlite",
+    "tune_engine",
 ]

@@ -14,10 +14,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.orm import Session
 
+from momentum_tuner.database.deadlines import Deadlines
 from momentum_tuner.errors import MissingExtraError, StorageError, redact
 
 BUSY_SECONDS = 30
-STATEMENT_SECONDS = 30
+STATEMENT_SECONDS = 20
+"""How long the server may work on one statement."""
+UNREACHABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What SQLAlchemy raises where a database does not answer."""
+ANSWER_SECONDS = 5
+"""How long a server may say nothing at all before a connection to it is tried, or kept alive, in vain."""
 
 
 def storage_url(text: str) -> URL:
@@ -66,24 +72,30 @@ def engine_options(url: URL, connections: int) -> dict[str, Any]:
         }
     options = " ".join((*url.normalized_query.get("options", ()), f"-c statement_timeout={STATEMENT_SECONDS * 1000}"))
     defaults = {
-        "connect_timeout": 10,
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
+        "connect_timeout": ANSWER_SECONDS,
+        "keepalives_idle": ANSWER_SECONDS,
+        "keepalives_interval": 2,
         "keepalives_count": 3,
-        "tcp_user_timeout": STATEMENT_SECONDS * 1000,
+        "tcp_user_timeout": 2 * ANSWER_SECONDS * 1000,
     }
     return {
         "pool_size": connections,
         "max_overflow": 0,
-        "pool_pre_ping": True,
         "pool_timeout": STATEMENT_SECONDS,
         "connect_args": {k: v for k, v in defaults.items() if k not in url.query} | {"options": options},
     }
 
 
-def tune_sqlite(engine: Engine) -> None:
-    """Write-ahead logging, so that readers never wait for the writer, on every new connection."""
+_deadlines = Deadlines(STATEMENT_SECONDS + ANSWER_SECONDS)
+
+
+def tune_engine(engine: Engine) -> None:
+    """See to every new connection: a bound on waiting for a silent server, and for SQLite write-ahead logging.
+
+    With that, readers never wait for the writer.
+    """
     if engine.dialect.name != "sqlite":
+        _deadlines.watch(engine)
         return
 
     @sa.event.listens_for(engine, "connect")
@@ -128,7 +140,7 @@ class Database:
             # None hands BEGIN to us: the driver's own would be a deferred one, which can fail half-way as locked.
             options["connect_args"]["isolation_level"] = None
         self.engine = sa.create_engine(self.url, **options)
-        tune_sqlite(self.engine)
+        tune_engine(self.engine)
         if self.dialect == "sqlite":
             sa.event.listen(self.engine, "begin", _begin_sqlite)
 
@@ -158,14 +170,14 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that only reads."""
-        with self._translated(), Session(self.engine) as session:
+        with self.translated(), Session(self.engine) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction that writes; on SQLite it holds the write lock from its start (`BEGIN IMMEDIATE`)."""
         engine = self.engine.execution_options(immediate=True)
-        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+        with self.translated(), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     def close(self) -> None:
@@ -173,11 +185,15 @@ class Database:
         self.engine.dispose()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn the driver's errors of reaching the database into one line, without secrets."""
+    def translated(self) -> Iterator[None]:
+        """Turn the driver's errors of reaching the database into one line, without secrets.
+
+        Raises:
+            StorageError: it does not answer, or is no database.
+        """
         try:
             yield
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        except UNREACHABLE as error:
             raise StorageError(f"the database {self.shown} does not answer: {self._first_line(error)}") from error
         except sa.exc.DatabaseError as error:
             if "file is not a database" in str(error):

@@ -17,12 +17,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from momentum_tuner.database import Database, Worker
+from momentum_tuner.database import Database, Ticket, Worker
+from momentum_tuner.errors import StorageError
 from momentum_tuner.launcher.devices import Placement
 from momentum_tuner.worker_options import WorkerOptions
 
 RESTARTS = 5
-"""How often a worker that died is replaced; a trial that kills its workers has failed for good before."""
+"""How often a worker that died is replaced before any trial ends; one that kills its workers has failed before."""
 DRAIN_SECONDS = 10.0
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
 """glibc keeps the memory of freed tensors for the next step; else each step pays for the same pages again."""
@@ -42,6 +43,7 @@ class _Child:
 
     process: subprocess.Popen[str]
     restarts: int = 0
+    done_before: int = 0
     last_error: str = ""
     reader: threading.Thread | None = None
     options: WorkerOptions | None = None
@@ -119,13 +121,15 @@ class LocalWorkers:
                 self._mark_stopped(child.process.pid)
             if self._stopping:
                 continue
-            if code in (1, 2) or child.restarts >= RESTARTS:
+            done = self._trials_done()
+            restarts = child.restarts if done == child.done_before else 0
+            if code in (1, 2) or restarts >= RESTARTS:
                 self.failures.append(WorkerFailure(code if code > 0 else 1, child.last_error or _ended(code)))
             else:
                 self._say(f"a worker {_ended(code)}; another one takes over its trials")
                 assert child.options is not None
                 again = self._spawn("worker", child.options)
-                again.restarts = child.restarts + 1
+                again.restarts, again.done_before = restarts + 1, done
                 self._order(again)
                 self._workers.append(again)
         return bool(self._workers)
@@ -220,8 +224,14 @@ class LocalWorkers:
         from momentum_tuner.tickets import WorkerIdentity
 
         host = WorkerIdentity.of_this_process().host
-        with self.database.write() as session:
+        with contextlib.suppress(StorageError), self.database.write() as session:
             session.execute(sa.update(Worker).where(Worker.host == host, Worker.pid == pid).values(state="stopped"))
+
+    def _trials_done(self) -> int:
+        """How many trials have ended, as far as the database answers."""
+        with contextlib.suppress(StorageError), self.database.read() as session:
+            return session.scalar(sa.select(sa.func.count()).select_from(Ticket).where(Ticket.state == "done")) or 0
+        return 0
 
 
 def _ended(code: int) -> str:

@@ -37,6 +37,7 @@ class Claim:
         outcome: set if a worker died between the decision and telling Optuna: only that is left to do.
         value: the value to tell then.
         checkpoint: where the trial can be continued from.
+        attempts: how many attempts, this one among them, have not brought the trial further.
     """
 
     ticket_id: int
@@ -52,6 +53,7 @@ class Claim:
     outcome: str | None
     value: float | None
     checkpoint: str | None
+    attempts: int
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,26 @@ def claim(
     *,
     max_attempts: int,
     grace_seconds: float = GRACE_SECONDS,
+    adopt: bool = True,
+    holding: Sequence[int] = (),
+    with_last_attempt: bool = True,
 ) -> list[Claim]:
     """Claim up to `limit` tickets: open ones in their order, and those of workers that stopped answering.
 
-    A ticket that has used up its attempts comes back with the outcome `failed`, to be told to Optuna.
+    A ticket that has used up its attempts comes back with the outcome `failed`, to be told to Optuna. One on its last
+    attempt may have killed the workers before, with all that trained beside it: of those, a worker takes one at a time.
+
+    Args:
+        database: the tickets.
+        study_id: whose.
+        worker_id: who claims.
+        limit: most tickets to claim.
+        max_attempts: after how many attempts without progress a ticket fails.
+        grace_seconds: after how long a silent worker is given up.
+        adopt: whether to take tickets of silent workers. Not after an outage of the database: all were silent then.
+        holding: the tickets that the worker knows it holds: any other of its own was claimed by a call whose answer
+            was lost.
+        with_last_attempt: whether one ticket on its last attempt may be among them.
     """
     if limit <= 0:
         return []
@@ -91,22 +109,28 @@ def claim(
         assert now is not None
         # Who claims is alive, even if its heartbeat has not come through for a while: nobody shall adopt these at once.
         session.execute(sa.update(Worker).where(Worker.id == worker_id).values(heartbeat=now))
-        alive = sa.select(Worker.id).where(Worker.state != "stopped", Worker.heartbeat >= now - grace_seconds)
         free = sa.or_(
-            Ticket.state == "open",
+            _claimable(worker_id, now - grace_seconds if adopt else 0.0),
             sa.and_(
                 Ticket.state.in_(("running", "finishing")),
-                Ticket.worker_id != worker_id,
-                Ticket.worker_id.not_in(alive),
+                Ticket.worker_id == worker_id,
+                Ticket.id.not_in(list(holding)),
             ),
         )
-        rows = session.scalars(
+        on_last_attempt = sa.and_(
+            Ticket.state != "finishing",
+            Ticket.attempts == max_attempts - 1 if max_attempts > 1 else sa.false(),
+        )
+        wanted = (
             sa.select(Ticket)
             .where(Ticket.study_id == study_id, free)
             .order_by(Ticket.queue_order)
-            .limit(limit)
             .with_for_update(skip_locked=True)
-        ).all()
+        )
+        rows: list[Ticket] = []
+        if with_last_attempt:
+            rows += session.scalars(wanted.where(on_last_attempt).limit(1))
+        rows += session.scalars(wanted.where(~on_last_attempt).limit(limit - len(rows)))
         for row in rows:
             if row.state != "finishing" and row.attempts >= max_attempts:
                 row.state, row.outcome = "finishing", "failed"
@@ -118,6 +142,15 @@ def claim(
             row.generation += 1
             row.started_at = row.started_at or now
         return [_claim(row, worker_id) for row in rows]
+
+
+def studies_with_work(database: Database, study_ids: Sequence[int], worker_id: str, grace_seconds: float) -> set[int]:
+    """Which of these studies have a ticket that the worker could claim now."""
+    with database.read() as session:
+        now = session.scalar(sa.select(database_now())) or 0.0
+        free = _claimable(worker_id, now - grace_seconds)
+        found = session.scalars(sa.select(Ticket.study_id).where(Ticket.study_id.in_(study_ids), free).distinct())
+        return set(found)
 
 
 def set_trials(database: Database, claims: Sequence[Claim], slots: Sequence[int]) -> list[Claim]:
@@ -154,9 +187,12 @@ def record_epochs(database: Database, records: Iterable[tuple[Claim, EpochRecord
 
 
 def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) -> list[tuple[Claim, Result]]:
-    """`running -> finishing` with the result, before Optuna is told; returns those whose ticket was still held."""
+    """`running -> finishing` with the result, before Optuna is told; returns those whose ticket was still held.
+
+    Doing it again (the answer to the first was lost) changes nothing.
+    """
     with database.write() as session:
-        held = _held(session, [c for c, _ in results], ("running",))
+        held = _held(session, [c for c, _ in results], ("running", "finishing"))
         kept = [(c, result) for c, result in results if c.ticket_id in held]
         for kept_claim, result in kept:
             row = held[kept_claim.ticket_id]
@@ -172,7 +208,7 @@ def end_finish(database: Database, claims: Sequence[Claim]) -> None:
     with database.write() as session:
         now = session.scalar(sa.select(database_now()))
         for row in _held(session, claims, ("finishing",)).values():
-            row.state, row.finished_at = "done", now
+            row.state, row.finished_at, row.checkpoint = "done", now, None
 
 
 def give_back(database: Database, claims: Sequence[Claim]) -> None:
@@ -183,11 +219,44 @@ def give_back(database: Database, claims: Sequence[Claim]) -> None:
             row.attempts = max(0, row.attempts - 1)
 
 
-def read_epochs(database: Database, ticket_id: int) -> list[EpochRecord]:
-    """The recorded epochs of a trial, in order."""
+def note_checkpoints(database: Database, notes: Sequence[tuple[Claim, str, bool]]) -> set[int]:
+    """Write where trials can be continued from; returns the ids of the tickets that are still held.
+
+    Args:
+        database: the tickets.
+        notes: for each claim the text that its ticket holds from now on, and whether its trial has come further than
+            the attempts before: then they do not count any more.
+    """
+    with database.write() as session:
+        held = _held(session, [c for c, _, _ in notes], ("running",))
+        for noted, text, further in notes:
+            if noted.ticket_id in held:
+                row = held[noted.ticket_id]
+                row.checkpoint = text
+                if further:
+                    row.attempts = 1
+        return set(held)
+
+
+def noted_checkpoints(database: Database, study_id: int) -> list[str]:
+    """What the tickets of a study that are not done hold of checkpoints."""
     with database.read() as session:
-        rows = session.scalars(sa.select(Epoch).where(Epoch.ticket_id == ticket_id).order_by(Epoch.epoch))
-        return [epoch_record(row) for row in rows]
+        found = session.scalars(
+            sa.select(Ticket.checkpoint).where(
+                Ticket.study_id == study_id, Ticket.state != "done", Ticket.checkpoint.is_not(None)
+            )
+        )
+        return [text for text in found if text is not None]
+
+
+def read_epochs(database: Database, ticket_ids: Sequence[int]) -> dict[int, list[EpochRecord]]:
+    """The recorded epochs of trials, in order, by ticket."""
+    found: dict[int, list[EpochRecord]] = {ticket_id: [] for ticket_id in ticket_ids}
+    with database.read() as session:
+        rows = session.scalars(sa.select(Epoch).where(Epoch.ticket_id.in_(list(ticket_ids))).order_by(Epoch.epoch))
+        for row in rows:
+            found[row.ticket_id].append(epoch_record(row))
+    return found
 
 
 def noted_trials(database: Database, study_id: int) -> dict[int, tuple[int | None, bool]]:
@@ -200,6 +269,19 @@ def noted_trials(database: Database, study_id: int) -> dict[int, tuple[int | Non
 def epoch_record(row: Epoch) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
+
+
+def _claimable(worker_id: str, silent_since: float) -> sa.ColumnElement[bool]:
+    """Open tickets, and those held by others that have stopped or were last heard of before that time."""
+    alive = sa.select(Worker.id).where(Worker.state != "stopped", Worker.heartbeat >= silent_since)
+    return sa.or_(
+        Ticket.state == "open",
+        sa.and_(
+            Ticket.state.in_(("running", "finishing")),
+            Ticket.worker_id != worker_id,
+            Ticket.worker_id.not_in(alive),
+        ),
+    )
 
 
 def _held(session: Session, claims: Sequence[Claim], states: Sequence[str]) -> dict[int, Ticket]:
@@ -235,6 +317,7 @@ def _claim(row: Ticket, worker_id: str) -> Claim:
         outcome=row.outcome if row.state == "finishing" else None,
         value=row.value,
         checkpoint=row.checkpoint,
+        attempts=row.attempts,
     )
 
 

@@ -28,6 +28,11 @@ class StudyRecord:
     phase: str
     created_at: float
 
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where below the root of checkpoints its trials' files lie."""
+        return f"{self.name}-{self.id}"
+
 
 def submit_study(database: Database, spec: StudySpec, folder: str | None, design: Design) -> StudyRecord:
     """Put a study and its tickets into the database, or join the one that is there.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
+import re
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -31,7 +34,7 @@ class WorkerIdentity:
     def of_this_process(cls) -> WorkerIdentity:
         """A new identity for this process."""
         host = platform.node() or "localhost"
-        return cls(f"{host[:40]}-{os.getpid()}-{uuid.uuid4().hex[:6]}", host, os.getpid())
+        return cls(f"{re.sub('[^A-Za-z0-9.]', '_', host[:40])}-{os.getpid()}-{uuid.uuid4().hex[:6]}", host, os.getpid())
 
 
 def register_worker(database: Database, identity: WorkerIdentity, device: str, node: str = "") -> None:
@@ -73,13 +76,49 @@ def stop_worker(database: Database, worker_id: str) -> None:
         )
 
 
-class Heartbeat:
-    """A thread that says every few seconds, by the database's clock, that a worker is alive; it survives errors."""
+def alive_workers(database: Database, grace_seconds: float) -> set[str]:
+    """Ids of the workers that are heard of."""
+    with database.read() as session:
+        now = session.scalar(sa.select(database_now())) or 0.0
+        return set(
+            session.scalars(
+                sa.select(Worker.id).where(Worker.state != "stopped", Worker.heartbeat >= now - grace_seconds)
+            )
+        )
 
-    def __init__(self, database: Database, worker_id: str, every: float = HEARTBEAT_SECONDS) -> None:
+
+class Outage:
+    """When this process last failed to reach the database, as far as it noticed; shared with the heartbeat's thread."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def notice(self) -> None:
+        """The database did not answer."""
+        self._last = time.monotonic()
+
+    def over_for(self, seconds: float) -> bool:
+        """Whether it has answered all the while."""
+        return time.monotonic() - self._last >= seconds
+
+
+class Heartbeat:
+    """A thread that says every few seconds, by the database's clock, that a worker is alive; it survives errors.
+
+    Args:
+        database: the workers.
+        worker_id: who is alive.
+        every: how often, in seconds.
+        outage: is told of each beat that failed.
+    """
+
+    def __init__(
+        self, database: Database, worker_id: str, every: float = HEARTBEAT_SECONDS, outage: Outage | None = None
+    ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._every = every
+        self._outage = outage or Outage()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -101,6 +140,7 @@ class Heartbeat:
                     )
                 failing = False
             except Exception as error:
+                self._outage.notice()
                 if not failing:  # say it once, not every few seconds
                     logger.warning("heartbeat: %s; trying again", describe_failure(error))
                 failing = True

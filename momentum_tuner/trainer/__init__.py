@@ -1,6 +1,15 @@
 """Slots: admit, run an epoch, release, export and import one slot's state."""
 
-from momentum_tuner.trainer.slots import SlotState, TrialSettings
+from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
+from momentum_tuner.trainer.state import SlotState, TrialSettings
 from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
 
-__all__ = ["ScheduleSettings", "SlotState", "Trainer", "TrialSettings"]
+__all__ = [
+    "ScheduleSettings",
+    "SlotState",
+    "SlotsOutOfMemoryError",
+    "Trainer",
+    "TrialSettings",
+    "UnfinishedStepError",
+    "is_out_of_memory",
+]

@@ -61,8 +61,8 @@ class Source(Protocol):
     steps: int
     """Optimizer steps per epoch."""
 
-    def epoch(self, orders: Sequence[Order]) -> Iterator[Batch]:
-        """The minibatches of one epoch for slots that follow these orders."""
+    def epoch(self, orders: Sequence[Order], start: int = 0) -> Iterator[Batch]:
+        """The minibatches of one epoch for slots that follow these orders, from the step `start` on (from 0)."""
         ...
 
 
@@ -72,9 +72,9 @@ class LandscapeSource:
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def epoch(self, orders: Sequence[Order]) -> Iterator[Batch]:
-        """`steps` empty minibatches."""
-        for _ in range(self.steps):
+    def epoch(self, orders: Sequence[Order], start: int = 0) -> Iterator[Batch]:
+        """Empty minibatches, `steps` of them from step 0 on."""
+        for _ in range(start, self.steps):
             yield Batch(None, shared=True)
 
 
@@ -100,14 +100,14 @@ class MemorySource:
         indices = torch.randperm(self.examples, generator=generator)
         return indices[: self.steps * self.batch_size].view(self.steps, self.batch_size)
 
-    def epoch(self, orders: Sequence[Order]) -> Iterator[Batch]:
+    def epoch(self, orders: Sequence[Order], start: int = 0) -> Iterator[Batch]:
         """The epoch's minibatches; a single gather serves all slots where their orders agree."""
         device = self.tensors[0].device
         kinds, kind_of_slot = distinct(orders)
         indices = torch.stack([self.order(kind) for kind in kinds], dim=1)  # [steps, kinds, batch]
         shared = len(kinds) == 1
         indices = indices[:, 0] if shared else indices[:, kind_of_slot]  # [steps, batch] or [steps, slots, batch]
-        for step in indices.to(device):
+        for step in indices[start:].to(device):
             yield Batch(tuple(t[step] for t in self.tensors), shared)
 
 
@@ -115,7 +115,11 @@ class LoaderSource:
     """The task's own iterable of batches (a `DataLoader`, say), which all slots of the same order share.
 
     It is iterated once per distinct order, under random generators seeded by that order, so that shuffling and
-    augmentation follow the trial and not its neighbours.
+    augmentation follow the trial and not its neighbours. An epoch that begins in the middle passes over the batches
+    before, which are loaded all the same. So the order and the augmentation are the same in any process, if they
+    follow from the global generators of torch, NumPy and Python, or from one that a DataLoader or its samplers hold.
+    What else an iterable draws from or remembers is not: a generator of its own, the clock, where it stopped in a
+    file, the order of a set of strings.
 
     Args:
         batches: can be iterated anew each epoch.
@@ -130,13 +134,15 @@ class LoaderSource:
         self.device = device
         self.dtype = dtype
 
-    def epoch(self, orders: Sequence[Order]) -> Iterator[Batch]:
+    def epoch(self, orders: Sequence[Order], start: int = 0) -> Iterator[Batch]:
         """The epoch's batches, stacked over slots where their orders differ."""
         kinds, kind_of_slot = distinct(orders)
         streams = [seeded_iterator(self.batches, mix_seed(*kind)) for kind in kinds]
         done = 0
         for parts in itertools.islice(zip(*streams, strict=False), self.steps):
             done += 1
+            if done <= start:
+                continue
             placed = [place(part, self.device, self.dtype) for part in parts]
             yield Batch(placed[0], shared=True) if len(kinds) == 1 else stack_batches(placed, kind_of_slot)
         if done < self.steps:

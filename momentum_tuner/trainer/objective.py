@@ -114,6 +114,8 @@ class Objective:
         """Buffers and frozen parameters that are alike for every seed and never change: held once, not per slot."""
         self.shared = self._find_shared(first, probe)
         self._versions = self._shared_versions()
+        self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
+        """Shape and dtype of the buffers that each slot has of its own."""
         self._native = False
         self.reason: str | None = "asked for"
         if mode != "sequential":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,16 +16,10 @@ from momentum_tuner.metrics import EpochRecord, finite
 from momentum_tuner.optim import make_schedule
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Source, TrainingData
+from momentum_tuner.trainer.memory import free_memory, is_out_of_memory, within_memory
 from momentum_tuner.trainer.objective import Objective, data_dtype
-from momentum_tuner.trainer.slots import (
-    Slot,
-    SlotBatch,
-    SlotState,
-    TrialSettings,
-    evaluate,
-    named_metrics,
-    new_state,
-)
+from momentum_tuner.trainer.slots import Member, Slot, SlotBatch, evaluate, named_metrics, on_cpu
+from momentum_tuner.trainer.state import SlotState, TrialSettings, check_state, new_state
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +73,12 @@ class Trainer:
         self.device = torch.device(device)
         self._data = TrainingData(task, self.device, data_dtype(precision))
         self._schedule = schedule or ScheduleSettings()
-        self._batches: dict[int, SlotBatch] = {}
+        self.failed: list[Hashable] = []
+        """Keys of the trials in whose training `train_epoch` last raised an error."""
+        self._batches: list[SlotBatch] = []  # in the order in which they train
         self._sources: dict[int, Source] = {}
-        self._leaving: set[Hashable] = set()
-        self._entering: list[tuple[Slot, SlotState]] = []
+        self._leaving: set[Slot] = set()
+        self._entering: list[Member] = []
         self._slots: dict[Hashable, Slot] = {}
         self._starts: OrderedDict[tuple[int, str], tuple[SlotState, EpochRecord]] = OrderedDict()
         self.objective = Objective(task, self.device, precision, self._probe(), mode)
@@ -118,6 +114,9 @@ class Trainer:
     def admit(self, key: Hashable, settings: TrialSettings, state: SlotState | None = None) -> EpochRecord | None:
         """Give a trial a slot. It trains from the next epoch on.
 
+        From a state in the middle of an epoch it first trains the rest of that, together with the slots of its batch
+        size that are at the same step; the other slots of that batch size wait meanwhile.
+
         Args:
             key: the caller's name for the trial.
             settings: what it trains with.
@@ -125,72 +124,137 @@ class Trainer:
 
         Returns:
             The record of epoch 0, the untrained model, or None for a trial that goes on from a state.
+
+        Raises:
+            ValueError: the key has a slot, none is free, or the state is not one of this model, optimizer and batch
+                size. Nothing has changed.
+            SlotsOutOfMemoryError: memory did not suffice. Nothing has changed.
         """
         if key in self._slots:
             raise ValueError(f"{key!r} holds a slot already")
         if self.free <= 0:
             raise ValueError(f"all {self.width} slots are taken")
-        record = None
-        if state is None:
-            state, record = self._start(settings)
-        else:
-            state = SlotState(
-                {n: t.to(self.device) for n, t in state.tensors.items()},
-                state.epoch,
-                state.step,
-                state.initial_loss,
-                state.spikes,
-            )
+        if state is not None:
+            check_state(self.objective, settings, state, self.steps_per_epoch(self._batch_size(settings)))
+        state, record = within_memory(lambda: self._place(settings, state), lambda: [key])
         taken = {slot.number for slot in self._slots.values()}
         number = next(n for n in range(self.width) if n not in taken)
-        slot = Slot(key, number, settings, state.epoch, state.step, state.initial_loss, state.spikes)
+        slot = Slot(key, number, settings, state.epoch, state.step, state.initial_loss, state.spikes, state.seconds)
         self._slots[key] = slot
         self._entering.append((slot, state))
         return record
 
     def release(self, key: Hashable) -> None:
-        """Take a trial out of its slot, which the next `admit` may fill."""
-        del self._slots[key]
+        """Take a trial out of its slot, which the next `admit` may fill.
+
+        Its tensors go when `train_epoch` is called next, in the middle of an epoch too.
+        """
+        slot = self._slots.pop(key)
         before = len(self._entering)
-        self._entering = [pair for pair in self._entering if pair[0].key != key]
+        self._entering = [member for member in self._entering if member[0] is not slot]
         if len(self._entering) == before:
-            self._leaving.add(key)
+            self._leaving.add(slot)
 
     def export(self, key: Hashable) -> SlotState:
-        """A copy of a slot's state on the CPU, from which `admit` goes on, here or elsewhere."""
-        self._rearrange()
-        return self._batch_of(key).state(key)
+        """A copy of a slot's state on the CPU, from which `admit` goes on, here or elsewhere.
 
-    def train_epoch(self) -> Iterator[tuple[Hashable, EpochRecord]]:
-        """Train one epoch of every slot and yield its record, one batch size after the other.
-
-        A trial whose record says `diverged_at_step` has nothing more to train: release it.
+        Raises:
+            UnfinishedStepError: a step of this trial broke off in the middle.
         """
+        slot = self._slots[key]
+        for entering, state in self._entering:
+            if entering is slot:
+                return on_cpu(state)
+        return next(batch for batch in self._batches if slot in batch.slots).state(slot)
+
+    def train_epoch(self, pause: Callable[[], bool] | None = None) -> Iterator[tuple[Hashable, EpochRecord]]:
+        """Train every slot to the end of its epoch and yield its record, one batch size after the other.
+
+        A trial whose record says `diverged_at_step` has nothing more to train: release it. One that was released
+        meanwhile has no record. Slots at the start of an epoch wait, without a record, for those of their batch
+        size that are in the middle of one, so that they train together afterwards.
+
+        Args:
+            pause: asked before each optimizer step and each evaluation, except before the first that this call
+                takes. When it says True, the generator ends there. The next call goes on from that very step, and
+                takes those that have had their turn last.
+
+        Raises:
+            SlotsOutOfMemoryError: memory did not suffice. All slots are as they were after their last whole step:
+                export, release and train them, or lower `width` first.
+            UnfinishedStepError: the trials in `failed` are of no more use.
+            Exception: what the user's model or data raised. The trials in `failed` would meet it again: release
+                them; all others can go on.
+        """
+        proceed = _spare_the_first(pause) if pause is not None else _never
+        self.failed = []
         self._rearrange()
-        for batch in list(self._batches.values()):
-            for slot, record in batch.train_epoch():
-                yield slot.key, record
+        busy = {batch.size for batch in self._batches if batch.position}
+        for batch in [b for b in self._batches if b.position or b.size not in busy]:
+            records = self._train(batch, proceed)
+            if records is None:
+                return
+            self._batches.remove(batch)
+            self._batches.append(batch)
+            for slot, record in records:
+                if self._slots.get(slot.key) is slot:
+                    yield slot.key, record
+
+    def _train(self, batch: SlotBatch, pause: Callable[[], bool]) -> list[tuple[Slot, EpochRecord]] | None:
+        """Train one batch, and note whose training failed."""
+
+        def keys() -> list[Hashable]:
+            return [slot.key for slot in batch.slots if self._slots.get(slot.key) is slot]
+
+        try:
+            return within_memory(lambda: batch.train(pause), keys)
+        except Exception:
+            self.failed = keys()
+            raise
+
+    def _place(self, settings: TrialSettings, state: SlotState | None) -> tuple[SlotState, EpochRecord | None]:
+        """The state on the device, and the record of a trial that starts anew."""
+        if state is None:
+            return self._start(settings)
+        return replace(state, tensors={n: t.detach().to(self.device) for n, t in state.tensors.items()}), None
 
     def _rearrange(self) -> None:
-        """Carry out releases and admissions; a batch that lost slots and got no new ones is smaller now."""
-        if not self._leaving and not self._entering:
-            return
-        entering: dict[int, list[tuple[Slot, SlotState]]] = {}
-        for pair in self._entering:
-            entering.setdefault(self._batch_size(pair[0].settings), []).append(pair)
-        for size in entering:
-            if size not in self._batches:
-                self._batches[size] = self._new_batch(size)
-        for size, batch in list(self._batches.items()):
-            enter = entering.get(size, [])
-            if enter or any(slot.key in self._leaving for slot in batch.slots):
-                batch.change(self._leaving, enter)
-            if not batch.slots:
-                del self._batches[size]
-        self._leaving, self._entering = set(), []
+        """Carry out releases and admissions, and let slots train together that are at the same step of their epoch.
 
-    def _batch_of(self, key: Hashable) -> SlotBatch:
-        return self._batches[self._batch_size(self._slots[key].settings)]
+        A batch that lost slots and got no new ones is smaller afterwards. If memory runs out on the way, the rest is
+        left to the next call.
+        """
+        self._batches = [batch for batch in self._batches if not self._leaving.issuperset(batch.slots)]
+        entering: dict[tuple[int, int], list[Member]] = {}
+        for member in self._entering:
+            place = self._batch_size(member[0].settings), member[1].epoch_steps
+            entering.setdefault(place, []).append(member)
+        there: dict[tuple[int, int], list[SlotBatch]] = {}
+        for batch in self._batches:
+            there.setdefault((batch.size, batch.position), []).append(batch)
+        places = list(dict.fromkeys([*there, *entering]))
+        busy = {size for size, position in places if position}
+        for size, position in places:
+            if position or size not in busy:
+                self._gather(size, there.get((size, position), []), entering.get((size, position), []))
+        self._leaving.intersection_update([slot for batch in self._batches for slot in batch.slots])
+
+    def _gather(self, size: int, batches: Sequence[SlotBatch], enter: Sequence[Member]) -> None:
+        """Make one batch of those at one place, without the slots that leave and with those that enter."""
+        if len(batches) == 1 and not enter and self._leaving.isdisjoint(batches[0].slots):
+            return
+        first, *others = batches or [self._new_batch(size)]
+        moving = [member for other in others for member in other.members() if member[0] not in self._leaving]
+        members = [*first.slots, *(slot for slot, _ in [*moving, *enter])]
+        within_memory(
+            lambda: first.change(self._leaving, [*moving, *enter]),
+            lambda: [slot.key for slot in members if slot not in self._leaving],
+        )
+        entered = {slot for slot, _ in enter}
+        self._entering = [member for member in self._entering if member[0] not in entered]
+        self._batches = [batch for batch in self._batches if batch not in others]
+        if first not in self._batches:
+            self._batches.append(first)
 
     def _batch_size(self, settings: TrialSettings) -> int:
         """The batch size that tells batches of slots apart: one for all where the task makes its own batches."""
@@ -211,7 +275,7 @@ class Trainer:
             warmup_epochs=self._schedule.warmup_epochs,
             warmup_start=self._schedule.warmup_start,
         )
-        return SlotBatch(self.objective, source, schedule, self._optimum)
+        return SlotBatch(self.objective, source, schedule, self._optimum, batch_size)
 
     def _start(self, settings: TrialSettings) -> tuple[SlotState, EpochRecord]:
         """State and record of an untrained trial; the last few seeds are remembered, as a search shares one."""
@@ -237,10 +301,11 @@ class Trainer:
             try:
                 fused = self._seconds_per_slot(batch, self.width, fused=True)
                 break
-            except torch.OutOfMemoryError:
-                if self.width == 1:
+            except Exception as error:
+                if self.width == 1 or not is_out_of_memory(error):
                     raise
-                self.width //= 2
+            free_memory()
+            self.width //= 2
         if alone < ONE_BY_ONE_ADVANTAGE * fused:
             self.objective.train_one_by_one(f"{fused / alone:.1f} times as fast as {self.width} fused slots here")
 
@@ -272,3 +337,13 @@ def first_record(objective: Objective, evaluated: Any, distance: float) -> Epoch
         distance=finite(distance),
         metrics=named_metrics(objective, evaluated),
     )
+
+
+def _never() -> bool:
+    return False
+
+
+def _spare_the_first(pause: Callable[[], bool]) -> Callable[[], bool]:
+    """The same question, but False the first time, so that every call makes progress."""
+    asked = iter([False])
+    return lambda: next(asked, None) is None and pause()

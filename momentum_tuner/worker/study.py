@@ -1,0 +1,454 @@
+"""One worker on one study."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from momentum_tuner.checkpoints import CheckpointStore, SavedSlot
+from momentum_tuner.database import Database
+from momentum_tuner.errors import MomentumTunerError, StorageError, describe_failure
+from momentum_tuner.faults import crash_point
+from momentum_tuner.metrics import EpochRecord, objective_value, trial_measures
+from momentum_tuner.search import Search
+from momentum_tuner.spec import StudySpec
+from momentum_tuner.tasks import Task, check_objective
+from momentum_tuner.tickets import (
+    Result,
+    StudyRecord,
+    assign_worker,
+    begin_finish,
+    claim,
+    end_finish,
+    finish_study,
+    give_back,
+    noted_trials,
+    read_epochs,
+    record_epochs,
+    set_trials,
+    with_trial,
+)
+from momentum_tuner.trainer import ScheduleSettings, SlotsOutOfMemoryError, SlotState, Trainer
+from momentum_tuner.worker.held import Held, Stage
+from momentum_tuner.worker.link import Link
+from momentum_tuner.worker.results import flat_measures, rung_value, trial_settings
+from momentum_tuner.worker.saving import Saver
+from momentum_tuner.worker.signals import StopSignal
+from momentum_tuner.worker_options import WorkerOptions
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+MOST_UNWRITTEN = 20_000
+"""Records that are kept in memory while the database does not answer; with more, training waits."""
+
+
+class StudyWorker:
+    """Trains trials of a study. Training and the database take turns: an epoch of every slot, then what came of it.
+
+    Args:
+        database: studies and tickets.
+        worker_id: who holds the tickets.
+        study: the study to serve.
+        task: its task, loaded.
+        options: device, slots, grace.
+        stop: the wish to drain.
+        link: whether the database answers.
+        store: where checkpoints are kept, if anywhere.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        worker_id: str,
+        study: StudyRecord,
+        task: Task,
+        options: WorkerOptions,
+        stop: StopSignal,
+        link: Link | None = None,
+        store: CheckpointStore | None = None,
+    ) -> None:
+        self.database = database
+        self.worker_id = worker_id
+        self.study = study
+        self.spec: StudySpec = study.spec
+        self.options = options
+        self.stop = stop
+        self.link = link or Link()
+        self.rungs = sorted(self.spec.rungs())
+        self.maximize = self.spec.objective.direction == "maximize"
+        check_objective(self.spec.objective.metric, task)
+        schedule = self.spec.schedule
+        self.trainer = Trainer(
+            task,
+            epochs=self.spec.budget.epochs,
+            slots=options.slots,
+            device=options.device,
+            precision=self.spec.precision,
+            schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
+        )
+        if options.slots is None:
+            self.trainer.width = max(1, self.trainer.width // options.sharing)
+        self.search = Search(database, self.spec, options.ordinal)
+        self.saver = Saver(database, store, study, worker_id, options.checkpoint_seconds, options.grace_seconds)
+        self.held: dict[int, Held] = {}
+        self._shown_width = 0
+
+    def run(self, elsewhere: Callable[[], bool] = lambda: False) -> None:
+        """Train until the study is done.
+
+        Args:
+            elsewhere: asked when all tickets that are left are in other workers' hands: whether to go and work there.
+        """
+        try:
+            self._work(elsewhere)
+        except BaseException:
+            self._leave(save=False)
+            raise
+        self._leave(save=True)
+
+    def _work(self, elsewhere: Callable[[], bool]) -> None:
+        while not self.stop.asked:
+            answered = self._synchronize()
+            if self.trainer.keys and (answered or self._unwritten() < MOST_UNWRITTEN):
+                self._train()
+            elif self.held:
+                time.sleep(POLL_SECONDS / 20)  # until the database answers, or a checkpoint is written
+            elif answered and self._is_over(elsewhere):
+                return
+            else:
+                time.sleep(POLL_SECONDS)  # others hold the last tickets; one of them may die
+
+    def _synchronize(self) -> bool:
+        """Bring the database and the slots up to date; whether the database answered all the while.
+
+        Every step takes up what is there to do for it, so that what an error leaves is done the next time.
+        """
+        if not self.link.may_try:
+            return False
+        started = time.monotonic()
+        try:
+            self._show_width()
+            self._note_trials()
+            self._record()
+            self._judge()
+            self._finish()
+            self.saver.note(self.held)
+            self._give_back()
+            self._claim()
+            self._finish()
+            self._prepare()
+            self._note_trials()
+        except StorageError as error:
+            self.link.failed(error, time.monotonic() - started)
+            return False
+        self.link.worked()
+        return True
+
+    # The database
+
+    def _show_width(self) -> None:
+        if self._shown_width != self.trainer.width:
+            assign_worker(self.database, self.worker_id, self.study.id, self.trainer.width)
+            self._shown_width = self.trainer.width
+
+    def _note_trials(self) -> None:
+        """Note on the tickets of admitted trials which they are."""
+        new = [h for h in self._in(Stage.TRAINING, Stage.ENDED, Stage.RETURNING) if not h.noted]
+        if not new:
+            return
+        kept = {c.ticket_id for c in set_trials(self.database, [h.claim for h in new], [h.slot for h in new])}
+        crash_point("noted")
+        for held in self._drop_lost(new, kept):
+            held.noted = True
+        if len(kept) < len(new):  # another worker has the tickets, and these trials may belong to none
+            self.search.fail_leftovers(noted_trials(self.database, self.study.id))
+
+    def _record(self) -> None:
+        """Write the records that the database has not."""
+        new = [h for h in self.held.values() if h.written < len(h.records)]
+        kept = record_epochs(self.database, [(h.claim, r) for h in new for r in h.records[h.written :]])
+        if new:
+            crash_point("recorded")
+        for held in self._drop_lost(new, kept):
+            held.written = len(held.records)
+
+    def _judge(self) -> None:
+        """Report rungs to Optuna, and end the trials that the pruner stops."""
+        for held in self._in(Stage.TRAINING):
+            if not held.records or held.judged == held.records[-1].epoch:
+                continue
+            last = held.records[-1].epoch
+            trial_id = held.claim.trial_id
+            assert trial_id is not None
+            reported = None
+            for rung in (r for r in self.rungs if r <= last and (r not in held.reported or r == last)):
+                value = rung_value(self.spec.objective.metric, held.records[: rung + 1], self.maximize)
+                if value is not None:
+                    self.search.report(held.claim.optimizer, trial_id, rung, value)
+                    crash_point("reported")
+                    reported = value
+                held.reported.add(rung)
+            if reported is not None and self.search.should_prune(held.claim.optimizer, trial_id):
+                self._end(held, Result("pruned", reported, self._measures(held)))
+            held.judged = last
+
+    def _finish(self) -> None:
+        """Fence results, tell Optuna, and be done with the tickets."""
+        ended = [h for h in self._in(Stage.ENDED) if h.noted]
+        if ended:
+            kept = begin_finish(self.database, [(h.claim, h.result or Result("failed")) for h in ended])
+            crash_point("fenced")
+            for held in self._drop_lost(ended, {c.ticket_id for c, _ in kept}):
+                held.stage = Stage.FENCED
+        for held in self._in(Stage.FENCED):
+            assert held.result is not None
+            self._tell(held, held.result)
+            held.stage = Stage.TOLD
+            crash_point("told")
+        told = self._in(Stage.TOLD)
+        if told:
+            end_finish(self.database, [h.claim for h in told])
+            crash_point("done")
+            self._forget(told)
+
+    def _tell(self, held: Held, result: Result) -> None:
+        trial_id = held.claim.trial_id
+        if trial_id is None:
+            found = self.search.recall(held.claim.optimizer, held.claim.ticket_id)
+            if found is None:
+                return
+            trial_id = found.trial_id
+        self.search.tell(held.claim.optimizer, trial_id, result.outcome, result.value)
+
+    def _give_back(self) -> None:
+        """Return the tickets of trials that left their slots, once their checkpoint is noted."""
+        returning = self._in(Stage.RETURNING)
+        if returning and not self.saver.writing:
+            give_back(self.database, [h.claim for h in returning])
+            self._forget(returning)
+
+    def _claim(self) -> None:
+        """Claim tickets for the free slots."""
+        waiting = self._in(Stage.CLAIMED)
+        claims = claim(
+            self.database,
+            self.study.id,
+            self.worker_id,
+            self.trainer.free - len(waiting),
+            max_attempts=self.spec.max_attempts,
+            grace_seconds=self.options.grace_seconds,
+            adopt=self.link.outage.over_for(self.options.grace_seconds),
+            holding=list(self.held),
+            with_last_attempt=not any(h.last_attempt for h in self.held.values()),
+        )
+        for new in claims:
+            held = Held(new, Stage.CLAIMED, asked=new.generation > 1)
+            held.last_attempt = 1 < self.spec.max_attempts <= new.attempts
+            if new.outcome is not None:
+                held.stage, held.result = Stage.FENCED, Result(new.outcome, new.value)
+            self.held[new.ticket_id] = held
+        if claims:
+            crash_point("claimed")
+
+    def _prepare(self) -> None:
+        """Ask Optuna for the settings of claimed tickets, find where their trials go on, and admit them."""
+        for held in self._in(Stage.CLAIMED):
+            if held.claim.trial_id is None or held.claim.settings is None:
+                self._ask(held)
+        claimed = self._in(Stage.CLAIMED)
+        going_on = [h for h in claimed if h.claim.generation > 1 and not h.recorded]
+        if going_on:
+            self._recall(going_on)
+        saved = self.saver.load([h for h in claimed if h.claim.checkpoint is not None])
+        for held in claimed:
+            if held.stage is Stage.CLAIMED:
+                self._admit(held, saved.get(held.claim.ticket_id))
+
+    def _ask(self, held: Held) -> None:
+        """Its Optuna trial: one that was asked for but never noted, or a new one."""
+        claim = held.claim
+        asked = self.search.recall(claim.optimizer, claim.ticket_id) if held.asked else None
+        held.asked = True
+        if asked is None:
+            asked = self.search.ask(claim.optimizer, claim.ticket_id, claim.fixed)
+        held.claim = with_trial(claim, asked.trial_id, asked.number, asked.settings)
+        crash_point("asked")
+
+    def _recall(self, going_on: Sequence[Held]) -> None:
+        """What the database has of trials that others began."""
+        recorded = read_epochs(self.database, [h.claim.ticket_id for h in going_on])
+        for held in going_on:
+            records = recorded[held.claim.ticket_id]
+            if records:
+                assert held.claim.trial_id is not None
+                held.reported = self.search.reported(held.claim.trial_id)
+            held.recorded = {r.epoch: r for r in records}
+
+    # The trainer
+
+    def _admit(self, held: Held, saved: SavedSlot | None) -> None:
+        """Give a trial a slot, from its checkpoint if that fits."""
+        try:
+            if saved is None or not self._continue(held, saved):
+                record = self.trainer.admit(held.claim.ticket_id, trial_settings(held.claim))
+                assert record is not None
+                held.add(record)
+            held.slot = self.trainer.slot_number(held.claim.ticket_id)
+            held.stage = Stage.TRAINING
+        except SlotsOutOfMemoryError as error:
+            if not self.trainer.keys:
+                held.end(Result("failed", reason=out_of_memory(error)))
+                return
+            held.stage = Stage.RETURNING
+            self._halve(error)
+        except MomentumTunerError:
+            raise
+        except Exception as error:
+            held.end(Result("failed", reason=describe_failure(error)))
+
+    def _continue(self, held: Held, saved: SavedSlot) -> bool:
+        """Admit a trial where its checkpoint left it; False if that does not fit what is known of it."""
+        try:
+            state = SlotState.restore(saved.tensors, saved.header)
+            missing = [epoch for epoch in range(state.epoch + 1) if epoch not in held.recorded]
+            if missing:
+                raise ValueError(f"the database has no record of epoch {missing[0]}")
+            self.trainer.admit(held.claim.ticket_id, trial_settings(held.claim), state)
+        except ValueError as error:
+            logger.warning("trial %s begins anew, its checkpoint is of no use: %s", held.claim.trial_number, error)
+            return False
+        held.records = [held.recorded.pop(epoch) for epoch in range(state.epoch + 1)]
+        held.written = len(held.records)
+        held.position = (state.epoch, state.epoch_steps)
+        return True
+
+    def _train(self) -> None:
+        """Train to the end of the epoch, or until a checkpoint or the wish to drain comes between; then settle."""
+        trained: set[int] = set()
+        try:
+            for key, record in self.trainer.train_epoch(self._pause):
+                assert isinstance(key, int)
+                trained.add(key)
+                self.held[key].add(record)
+                self._settle(self.held[key])
+        except SlotsOutOfMemoryError as error:
+            self._halve(error)
+        except MomentumTunerError:
+            raise
+        except Exception as error:
+            reason = describe_failure(error)
+            logger.error("an epoch failed: %s", reason)
+            for held in self._in(Stage.TRAINING):
+                if held.claim.ticket_id in self.trainer.failed:
+                    self._end(held, Result("failed", reason=reason))
+        if any(h.last_attempt and h.claim.ticket_id in trained for h in self.held.values()):
+            self.saver.hasten()  # it has come further than those that died of it, or of a neighbour
+        if self.saver.due:
+            self.saver.begin(self._in(Stage.TRAINING), self.trainer.export)
+
+    def _pause(self) -> bool:
+        return self.stop.asked or self.saver.due
+
+    def _settle(self, held: Held) -> None:
+        """End a trial that has diverged or is through its budget."""
+        last: EpochRecord = held.records[-1]
+        outcome = None
+        if last.diverged_at_step is not None:
+            outcome = "diverged"
+        elif last.epoch >= self.spec.budget.epochs:
+            outcome = "complete"
+        if outcome is not None:
+            measures = trial_measures(held.records, self.spec.budget.epochs)
+            value = objective_value(measures, self.spec.objective.metric)
+            self._end(held, Result(outcome, value, flat_measures(measures)))
+
+    def _measures(self, held: Held) -> dict[str, Any]:
+        return flat_measures(trial_measures(held.records, self.spec.budget.epochs))
+
+    def _end(self, held: Held, result: Result) -> None:
+        """Note a trial's result, and free its slot."""
+        self.trainer.release(held.claim.ticket_id)
+        held.end(result)
+
+    def _halve(self, error: SlotsOutOfMemoryError) -> None:
+        """Go on with half the slots; the other trials go back to the queue from where they are."""
+        training = self._in(Stage.TRAINING)
+        if len(training) == 1:
+            self._end(training[0], Result("failed", reason=out_of_memory(error)))
+            return
+        keep = len(training) // 2
+        logger.warning("%s; going on with %d of %d slots", error, keep, len(training))
+        leaving = training[keep:]
+        self.saver.begin(leaving, self.trainer.export)
+        for held in leaving:
+            self.trainer.release(held.claim.ticket_id)
+            held.stage = Stage.RETURNING
+        self.trainer.width = keep
+
+    # The end
+
+    def _is_over(self, elsewhere: Callable[[], bool]) -> bool:
+        """Whether this worker is done here: the study is, or there is work elsewhere."""
+        try:
+            noted = noted_trials(self.database, self.study.id)
+            if all(done for _, done in noted.values()):
+                self.search.fail_leftovers(noted)
+                self.saver.forget()
+                if finish_study(self.database, self.study.id):
+                    return True
+            return elsewhere()
+        except StorageError as error:
+            self.link.failed(error)
+            return False
+
+    def _leave(self, save: bool) -> None:
+        """Record, save and give back what is still in hand.
+
+        Args:
+            save: whether the trainer's state is sound.
+        """
+        try:
+            if save and self.held:
+                self.saver.note(self.held, wait=True)
+                self._note_trials()
+                self._record()
+                self.saver.begin(self._in(Stage.TRAINING), self.trainer.export)
+                self.saver.note(self.held, wait=True)
+                self._finish()
+            give_back(self.database, [h.claim for h in self.held.values()])
+            assign_worker(self.database, self.worker_id, None, 0)
+        except StorageError as error:
+            logger.warning("%s; its trials go on elsewhere after %.0f s", error, self.options.grace_seconds)
+        finally:
+            self.saver.close()
+            self.search.close()
+
+    # What is held
+
+    def _in(self, *stages: Stage) -> list[Held]:
+        return [h for h in self.held.values() if h.stage in stages]
+
+    def _unwritten(self) -> int:
+        return sum(len(h.records) - h.written for h in self.held.values())
+
+    def _drop_lost(self, asked: Sequence[Held], kept: set[int]) -> list[Held]:
+        """Let go of tickets that another worker has adopted; what was computed for them is discarded."""
+        lost = [h for h in asked if h.claim.ticket_id not in kept]
+        for held in lost:
+            logger.warning("ticket %d was adopted by another worker; its trial ends here", held.claim.ticket_id)
+            if held.stage is Stage.TRAINING:
+                self.trainer.release(held.claim.ticket_id)
+        self._forget(lost)
+        return [h for h in asked if h.claim.ticket_id in kept]
+
+    def _forget(self, these: Sequence[Held]) -> None:
+        for held in these:
+            del self.held[held.claim.ticket_id]
+
+
+def out_of_memory(error: SlotsOutOfMemoryError) -> str:
+    """Why a trial failed that not even a slot of its own had memory for."""
+    return f"out of memory with one slot: {error}"
