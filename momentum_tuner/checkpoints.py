@@ -200,9 +200,9 @@ class CheckpointStore:
             logger.info("checkpoint %s is not removed: %s", file, self._reason(error))
 
     def files(self, folder: str) -> list[str]:
-        """Names, below the root, of all files in a study's folder, with those that a killed writer left half written.
+        """Names, below the root, of all files of a study, also of those that a writer is at, or was killed at.
 
-        Such a one is in a folder that begins with `.<name>.` and ends with `.tmp`.
+        These are in folders of their own, `<folder>/.<name>.<random>.tmp/`.
         """
         try:
             self._system.invalidate_cache()  # other machines write too
@@ -380,14 +380,13 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rename(written: Path, path: Path) -> None:
     """Put a file under its name for good, readable by those who can read its folder."""
-    written.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner
+    with suppress(OSError):  # some network file systems have no modes
+        written.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner
     os.replace(written, path)
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+    with suppress(OSError):  # some cannot
+        os.fsync(folder)
+    os.close(folder)
 
 
 def _secrets(url: str) -> list[str]:
@@ -396,7 +395,5 @@ def _secrets(url: str) -> list[str]:
     if not at or "://" not in before:
         return []
     both = before.partition("://")[2]
-    password = both.partition(":")[2]
-    return sorted(
-        {unquote(s) for s in (both, password) if s} | {s for s in (both, password) if s}, key=len, reverse=True
-    )
+    shown = {both, unquote(both), both.partition(":")[2], unquote(both.partition(":")[2])}
+    return sorted(shown - {""}, key=len, reverse=True)

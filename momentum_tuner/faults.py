@@ -14,7 +14,7 @@ CRASH_POINTS = (
     "noted",  # the ticket knows its trial, no epoch is recorded
     "recorded",  # an epoch is recorded
     "reported",  # a rung is reported to Optuna
-    "checkpoint-writing",  # half of a checkpoint's file is written
+    "checkpoint-writing",  # a checkpoint's file is written under a temporary name
     "checkpoint-written",  # the file is whole, the tickets do not know of it
     "checkpoint-noted",  # they do, and the one before is not removed
     "fenced",  # the result is in the ticket, Optuna is not told

@@ -164,5 +164,5 @@ class Saver:
 
 
 def _writer_of(file: str) -> str:
-    """The id of the worker that wrote a file, or left it half written."""
-    return file.rpartition("/")[2].removeprefix(".").rpartition("-")[0]
+    """The id of the worker that wrote a file `<study>/<worker>-<n>.safetensors`, or left it half written."""
+    return file.split("/")[1].removeprefix(".").rpartition("-")[0]

@@ -9,31 +9,20 @@ that started and for each that ended. When standard input ends, all processes ar
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
 import signal
 import sys
+import tempfile
 import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"  # a process with threads cannot be forked safely, and the processes share two cores
-
-WARM = (
-    "momentum_tuner.worker",
-    "momentum_tuner.launcher.process",
-    "optuna.samplers._tpe.sampler",
-    "psycopg",
-    "scipy.stats",
-    "sklearn.datasets",
-    "sklearn.model_selection",
-    "sqlalchemy.dialects.postgresql.psycopg",
-    "sqlalchemy.dialects.sqlite",
-    "torch._dynamo",
-)
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[variable] = "1"  # a process with threads cannot be forked safely, and the processes share two cores
 
 
 class Nursery:
@@ -110,11 +99,44 @@ def say(what: dict[str, Any]) -> None:
     os.write(1, json.dumps(what).encode() + b"\n")
 
 
-if __name__ == "__main__":
-    for module in WARM:
+def warm_up() -> None:
+    """Import all that a worker needs, and run one on a tiny study: much is imported and compiled at its first use."""
+    for module in ("momentum_tuner.launcher.process", "sqlalchemy.dialects.postgresql.psycopg"):
         import_module(module)
-    threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")}
-    if not threads <= {Path(sys.executable).name, "python", "python3", "jemalloc_bg_thd"}:  # jemalloc sees to its own
-        sys.exit(f"the nursery has threads and must not fork: {threads}")
+    from momentum_tuner.database import Database, migrate
+    from momentum_tuner.search import design
+    from momentum_tuner.spec import StudySpec
+    from momentum_tuner.tickets import submit_study
+    from momentum_tuner.worker import StopSignal, run_worker
+    from momentum_tuner.worker_options import WorkerOptions
+
+    spec = StudySpec.model_validate(
+        {
+            "name": "warm",
+            "task": {"factory": "momentum_tuner.tasks:digits_mlp", "params": {"hidden": 8}},
+            "optimizers": ["sgd", "momentum"],
+            "budget": {"trials": 1, "epochs": 2},
+            "fixed": {"batch_size": 512},
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        database = Database(f"sqlite:///{folder}/warm.db")
+        migrate(database)
+        submit_study(database, spec, None, lambda optimizer: design(spec, optimizer))
+        database.close()
+        run_worker(database.text, WorkerOptions(slots=2, threads=1, checkpoints=folder), StopSignal())
+    gc.freeze()  # what is never collected stays shared with the forks
+
+
+def threads() -> set[str]:
+    """Names of this process's threads, as the system knows them (Linux)."""
+    return {(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")}
+
+
+if __name__ == "__main__":
+    main_thread = threads()
+    warm_up()
+    if odd := threads() - main_thread - {"jemalloc_bg_thd"}:  # jemalloc sees to its own in a fork
+        sys.exit(f"the nursery has threads and must not fork: {odd}")
     say({"ready": os.getpid()})
     Nursery().run()

@@ -1,0 +1,192 @@
+"""A worker dies at each step of claim, ask, record, checkpoint, finish: another one completes the study."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+import momentum_tuner
+from momentum_tuner.database import Database
+from momentum_tuner.faults import CRASH_POINTS
+from momentum_tuner.search import design
+from momentum_tuner.spec import StudySpec
+from momentum_tuner.tickets import submit_study
+from momentum_tuner.worker_options import WorkerOptions
+
+from .ledger import Ledger, check_ledger, open_ledger
+from .processes import Nursery
+from .traces import Position, newest_file, read_positions
+
+HERE = Path(__file__).parent
+PLACES = {
+    "claimed": ("worker/study.py", "_claim"),
+    "asking": ("search.py", "ask"),
+    "asked": ("worker/study.py", "_ask"),
+    "noted": ("worker/study.py", "_note_trials"),
+    "recorded": ("worker/study.py", "_record"),
+    "reported": ("worker/study.py", "_judge"),
+    "checkpoint-writing": ("checkpoints.py", "_write"),
+    "checkpoint-written": ("checkpoints.py", "save"),
+    "checkpoint-noted": ("worker/saving.py", "note"),
+    "fenced": ("worker/study.py", "_finish"),
+    "told": ("worker/study.py", "_finish"),
+    "done": ("worker/study.py", "_finish"),
+}
+"""Where in the package each crash point is: file and function."""
+GRACE_SECONDS = 1.0
+AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A study in which a worker died at a crash point and another one did the rest.
+
+    Attributes:
+        code: how the first worker ended.
+        struck: whether it had come to the crash point.
+        left: names of the files in the study's folder of checkpoints when it was dead.
+        positions: of the trials in those that were whole, by file and ticket.
+        cleared: whether that folder was gone at the end.
+        ledger: of the study, checked.
+        said: by the second worker.
+    """
+
+    code: int
+    struck: bool
+    left: list[str]
+    positions: dict[str, dict[int, Position]]
+    cleared: bool
+    ledger: Ledger
+    said: str
+
+
+def crash_and_complete(nursery: Nursery, database: Database, point: str, folder: Path) -> Crash:
+    """Let a worker die at a crash point, then another one complete the study, and check the ledger.
+
+    A crash point in a checkpoint strikes once a checkpoint is noted, so that there is one to fall back on.
+    """
+    notes, token = folder / "notes", folder / "token"
+    notes.mkdir()
+    spec = StudySpec.model_validate(
+        {
+            "name": point,
+            "task": {
+                "factory": "patient_task.py:build",
+                "params": {"notes": str(notes), "step_seconds": 0.01, "steps": 40},
+            },
+            "optimizers": ["sgd", "momentum"],
+            "budget": {"trials": 2, "epochs": 3},
+            "fixed": {"batch_size": 32},
+        }
+    )
+    study = submit_study(database, spec, str(HERE), lambda optimizer: design(spec, optimizer))
+    open_ledger(database)
+    options = WorkerOptions(
+        studies=(point,),
+        slots=3,
+        threads=1,
+        grace_seconds=GRACE_SECONDS,
+        checkpoints=str(folder / "checkpoints"),
+        checkpoint_seconds=0.25,
+        trust=(str(HERE / "patient_task.py"),),
+    )
+    checkpoints = folder / "checkpoints" / study.checkpoint_folder
+
+    def noted() -> bool:
+        with database.engine.connect() as connection:
+            return bool(connection.execute(sa.text("SELECT 1 FROM tickets WHERE checkpoint IS NOT NULL")).all())
+
+    if not point.startswith("checkpoint"):
+        token.touch()
+    worker = nursery.start_worker(database.text, options, MOMENTUM_TUNER_CRASH=f"{point}:{token}")
+    if point.startswith("checkpoint"):
+        nursery.wait_until(noted, "no checkpoint was noted", 60)
+        token.touch()
+    code = nursery.ended(worker, 60)
+    left = sorted(path.name for path in checkpoints.glob("*"))
+    positions = {name: read_positions(checkpoints / name) for name in left if not name.startswith(".")}
+    other = nursery.start_worker(database.text, options)
+    assert nursery.ended(other, 120) == 0, other.said()
+    ledger = check_ledger(database, spec, GRACE_SECONDS)
+    return Crash(code, not token.exists(), left, positions, not checkpoints.exists(), ledger, other.said())
+
+
+Crashes = dict[str, "Future[Crash]"]
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def crashes(request, warm_nursery, tmp_path_factory) -> Iterator[Crashes]:
+    """A crash at each point, a few at once, as a study mostly waits for the grace to pass."""
+    folder: Path = tmp_path_factory.mktemp(f"crashes-{request.param}")
+    warm_nursery.folder = folder
+    databases = [make_database(request, folder, number) for number in range(len(CRASH_POINTS))]
+
+    def run(point: str, database: Database) -> Crash:
+        (folder / point).mkdir()
+        return crash_and_complete(warm_nursery, database, point, folder / point)
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        yield {p: threads.submit(run, p, d) for p, d in zip(CRASH_POINTS, databases, strict=True)}
+    warm_nursery.clear()
+    for database in databases:
+        database.close()
+
+
+def make_database(request: pytest.FixtureRequest, folder: Path, number: int) -> Database:
+    """A migrated database."""
+    if request.param == "sqlite":
+        path = folder / f"{number}.db"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
+        return Database(f"sqlite:///{path}")
+    server = request.getfixturevalue("postgresql")
+    name = server.create(request.getfixturevalue("migrated_postgresql"))
+    return Database(server.url(name))
+
+
+def test_every_crash_point_is_in_the_package_exactly_where_it_is_meant():
+    package = Path(momentum_tuner.__file__).parent
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        function = ""
+        for line in path.read_text().splitlines():
+            if defined := re.match(r"\s*def (\w+)", line):
+                function = defined[1]
+            if used := re.search(r'crash_point\("([^"]*)"\)', line):
+                assert used[1] not in found
+                found[used[1]] = (path.relative_to(package).as_posix(), function)
+    assert found == PLACES
+    assert tuple(PLACES) == CRASH_POINTS
+
+
+@pytest.mark.parametrize("point", CRASH_POINTS)
+def test_a_study_completes_though_a_worker_died_there(point, crashes):
+    crash = crashes[point].result()
+    assert (crash.code, crash.struck) == (-signal.SIGKILL, True)
+    assert "Traceback" not in crash.said
+    assert crash.cleared
+    (first, second) = crash.ledger.beats
+    assert {e.old_worker_id for e in crash.ledger.adoptions} == {first}
+    assert {e.worker_id for e in crash.ledger.adoptions} == {second}
+    EXPECTED.get(point, lambda _: None)(crash)
+    check_continuation(crash)
+
+
+def check_continuation(crash: Crash) -> None:
+    """A trial went on from the newest checkpoint that its ticket knew, or from the start where it knew none."""
+    for entry in crash.ledger.adoptions:
+        brought = [e.epoch for e in crash.ledger.brought.get((entry.ticket_id, entry.generation), [])]
+        if entry.old_state == "running":
+            file = newest_file(entry.checkpoint)
+            start = -1 if file is None else crash.positions[file][entry.ticket_id].epoch
+            assert brought == list(range(start + 1, start + 1 + len(brought)))
+            assert brought
+        else:
+            assert brought == []
