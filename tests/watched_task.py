@@ -35,7 +35,8 @@ class Steps:
         with (self.folder / "steps").open("a") as file:
             file.write(json.dumps([os.getpid(), threading.current_thread().name, marks]) + "\n")
         time.sleep(self.asked("seconds-per-step") or 0.0)
-        while self.asked("hold") is not None or self.asked(f"hold-{os.getpid()}") is not None:
+        who = ("", f"-{os.getpid()}", f"-{threading.current_thread().name}")
+        while any(self.reached(marks, f"hold-beyond{one}") for one in who):
             time.sleep(0.01)
         if self.reached(marks, "kill-beyond"):
             os.kill(os.getpid(), signal.SIGKILL)

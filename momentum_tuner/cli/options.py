@@ -65,11 +65,32 @@ def worker_options(command: Command) -> Command:
             help="Where workers train.",
         ),
         click.option(
+            "--gpus-per-worker",
+            metavar="F",
+            type=float,
+            help="With --engine ray: the part of a GPU that each worker takes, such as 0.5.  [default: 1]",
+        ),
+        click.option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="With --engine ray: the cluster to join, auto or host:port.  [default: RAY_ADDRESS, or a Ray of its "
+            "own on this machine]",
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="Workers are processes on this machine, or actors on a Ray cluster, where the package and a task of "
+            "your own must be installed on each node, at the same path.",
+        ),
+        click.option(
             "--workers",
             metavar="N|auto",
             default="auto",
             show_default=True,
-            help="Worker processes on this machine; auto is one per GPU, or one per CPU core up to 8.",
+            help="How many workers; auto is one per GPU, or one per CPU core up to 8. With --engine ray, as many as "
+            "the cluster has room for while nodes join and leave.",
         ),
         click.option("-v", "--verbose", is_flag=True, help="Say more about what workers do."),
         checkpoints_option,

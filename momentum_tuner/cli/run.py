@@ -25,6 +25,7 @@ from momentum_tuner.cli.options import (
 if TYPE_CHECKING:
     from momentum_tuner.database import Database
     from momentum_tuner.launcher import LocalWorkers
+    from momentum_tuner.launcher.ray import RayWorkers
     from momentum_tuner.spec import StudySpec
     from momentum_tuner.tickets import StudyRecord
 
@@ -42,6 +43,9 @@ class WorkerArguments:
     checkpoints: str | None
     workers: str
     device: str
+    engine: str
+    ray_address: str | None
+    gpus_per_worker: float | None
     slots: str
     trust: tuple[str, ...]
     verbose: bool
@@ -175,7 +179,7 @@ def _work(
     trusted: Sequence[str],
     submit_it: Callable[[], StudyRecord],
 ) -> None:
-    """Bring a study to its end with local workers, and show it."""
+    """Bring a study to its end with workers of this command, and show it."""
     from momentum_tuner.cli.progress import ProgressPage
     from momentum_tuner.cli.tables import best_table, console
     from momentum_tuner.errors import StudyFailedError
@@ -235,8 +239,7 @@ def _workers(
     forever: bool,
     ordinal: int,
     say: Callable[[str], None],
-) -> LocalWorkers:
-    from momentum_tuner.launcher import LocalWorkers, plan_workers
+) -> LocalWorkers | RayWorkers:
     from momentum_tuner.worker_options import WorkerOptions
 
     options = WorkerOptions(
@@ -248,11 +251,20 @@ def _workers(
         checkpoints=parse_checkpoints(arguments.checkpoints, database),
     )
     level = logging.INFO if arguments.verbose else logging.WARNING
+    if arguments.engine == "ray":
+        from momentum_tuner.launcher.ray import RayOptions, RayWorkers
+
+        placing = RayOptions(arguments.ray_address, arguments.workers, arguments.device, arguments.gpus_per_worker)
+        return RayWorkers(database, options, placing, say, level)
+    from momentum_tuner.launcher import LocalWorkers, plan_workers
+
+    if arguments.ray_address is not None or arguments.gpus_per_worker is not None:
+        raise click.UsageError("--ray-address and --gpus-per-worker need --engine ray")
     return LocalWorkers(database, options, plan_workers(arguments.workers, arguments.device), say, level)
 
 
 @contextmanager
-def _interrupts(workers: LocalWorkers) -> Iterator[Callable[[], bool]]:
+def _interrupts(workers: LocalWorkers | RayWorkers) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C or SIGTERM drains the workers, the second ends them at once; yields whether one came."""
     came = 0
 
@@ -274,7 +286,7 @@ def _interrupts(workers: LocalWorkers) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _raise_failures(workers: LocalWorkers) -> None:
+def _raise_failures(workers: LocalWorkers | RayWorkers) -> None:
     """Turn what ended the workers into this command's own error."""
     from momentum_tuner.errors import InputError, StudyFailedError
 

@@ -70,7 +70,12 @@ def engine_options(url: URL, connections: int) -> dict[str, Any]:
             "max_overflow": 10,
             "connect_args": {"timeout": BUSY_SECONDS, "check_same_thread": False},
         }
-    options = " ".join((*url.normalized_query.get("options", ()), f"-c statement_timeout={STATEMENT_SECONDS * 1000}"))
+    limits = (
+        f"-c statement_timeout={STATEMENT_SECONDS * 1000}",
+        # The server gives up the locks of a client that fell silent before its own TCP would tell it (two hours).
+        f"-c idle_in_transaction_session_timeout={STATEMENT_SECONDS * 1000}",
+    )
+    options = " ".join((*url.normalized_query.get("options", ()), *limits))
     defaults = {
         "connect_timeout": ANSWER_SECONDS,
         "keepalives_idle": ANSWER_SECONDS,

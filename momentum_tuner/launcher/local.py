@@ -24,7 +24,11 @@ from momentum_tuner.worker_options import WorkerOptions
 
 RESTARTS = 5
 """How often a worker that died is replaced before any trial ends; one that kills its workers has failed before."""
-DRAIN_SECONDS = 10.0
+DRAIN_SECONDS = 8.0
+"""How long workers have to give their trials back."""
+STOP_SECONDS = 9.0
+"""How long all has to end, with what is still shown to MLflow: whoever stops a worker gives it 10 s."""
+LEAST_PUBLISH_SECONDS = 0.5
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
 """glibc keeps the memory of freed tensors for the next step; else each step pays for the same pages again."""
 
@@ -76,6 +80,7 @@ class LocalWorkers:
         self._started = False
         self._stopping = False
         self._drain_until: float | None = None
+        self._stop_until: float | None = None
         self._publisher: _Child | None = None
         self._workers: list[_Child] = []
         self._plan = [
@@ -103,7 +108,7 @@ class LocalWorkers:
             self._write(self._publisher, {"studies": list(studies), "tracking_uri": tracking_uri})
 
     def watch(self) -> bool:
-        """Look after the workers once; True while any of them runs. Those asked to stop have 10 s."""
+        """Look after the workers once; True while any of them runs. Those asked to stop have 8 s."""
         if self._drain_until is not None and time.monotonic() > self._drain_until:
             self._drain_until = None
             for child in self._workers:
@@ -121,7 +126,7 @@ class LocalWorkers:
                 self._mark_stopped(child.process.pid)
             if self._stopping:
                 continue
-            done = self._trials_done()
+            done = trials_done(self.database)
             restarts = child.restarts if done == child.done_before else 0
             if code in (1, 2) or restarts >= RESTARTS:
                 self.failures.append(WorkerFailure(code if code > 0 else 1, child.last_error or _ended(code)))
@@ -140,6 +145,7 @@ class LocalWorkers:
             return
         self._stopping = True
         self._drain_until = time.monotonic() + DRAIN_SECONDS
+        self._stop_until = time.monotonic() + STOP_SECONDS
         for child in self._workers:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
@@ -156,7 +162,12 @@ class LocalWorkers:
         self.watch()
 
     def finish_publishing(self, seconds: float) -> bool:
-        """Let the publisher show the rest, for so long at most; returns whether MLflow shows everything."""
+        """Let the publisher show the rest, for so long at most; returns whether MLflow shows everything.
+
+        After a drain it has what is left of the time to stop.
+        """
+        if self._stop_until is not None:
+            seconds = max(LEAST_PUBLISH_SECONDS, min(seconds, self._stop_until - time.monotonic()))
         child, self._publisher = self._publisher, None
         if child is None:
             return True
@@ -227,11 +238,12 @@ class LocalWorkers:
         with contextlib.suppress(StorageError), self.database.write() as session:
             session.execute(sa.update(Worker).where(Worker.host == host, Worker.pid == pid).values(state="stopped"))
 
-    def _trials_done(self) -> int:
-        """How many trials have ended, as far as the database answers."""
-        with contextlib.suppress(StorageError), self.database.read() as session:
-            return session.scalar(sa.select(sa.func.count()).select_from(Ticket).where(Ticket.state == "done")) or 0
-        return 0
+
+def trials_done(database: Database) -> int:
+    """How many trials have ended, as far as the database answers."""
+    with contextlib.suppress(StorageError), database.read() as session:
+        return session.scalar(sa.select(sa.func.count()).select_from(Ticket).where(Ticket.state == "done")) or 0
+    return 0
 
 
 def _ended(code: int) -> str:

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 import uuid
+from collections.abc import Callable
 from importlib import import_module
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
@@ -24,7 +25,7 @@ def main() -> int:
     """
     role = sys.argv[1]
     if role == "worker":
-        _prepare_worker()
+        prepare_worker()
     else:
         _prepare_publisher()
     line = sys.stdin.readline()
@@ -34,18 +35,25 @@ def main() -> int:
     logging.basicConfig(level=order["log_level"], format="%(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    code, message = attempt(lambda: _work(order) if role == "worker" else _publish(order))
+    if message:
+        print(f"Error: {message}", file=sys.stderr)
+    return code
+
+
+def attempt(work: Callable[[], int]) -> tuple[int, str]:
+    """Do something that returns an exit code; returns it, or that of the error that came, with its message."""
     try:
-        return _work(order) if role == "worker" else _publish(order)
+        return work(), ""
     except MomentumTunerError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code, str(error)
     except Exception as error:
         logging.getLogger(__name__).info("%s", redact(traceback.format_exc()))
-        print(f"Error: {describe_failure(error)}", file=sys.stderr)
-        return 1
+        return 1, describe_failure(error)
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """Import what takes long."""
     import_module("momentum_tuner.worker")
     import_module("torch._dynamo")  # torch.func imports it at its first call
 

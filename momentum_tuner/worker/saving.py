@@ -83,6 +83,11 @@ class Saver:
         """Whether a checkpoint is written, or waits to be noted."""
         return self._writing is not None
 
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint waits to be noted: until then it saves no work."""
+        return self._writing is not None and self._writing.file.done()
+
     def begin(self, held: Sequence[Held], export: Callable[[int], SlotState]) -> None:
         """Take the states of these trials, and write them in the background; one that is not noted yet is given up."""
         self._next = time.monotonic() + self._seconds

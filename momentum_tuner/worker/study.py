@@ -350,7 +350,7 @@ class StudyWorker:
             self.saver.begin(self._in(Stage.TRAINING), self.trainer.export)
 
     def _pause(self) -> bool:
-        return self.stop.asked or self.saver.due
+        return self.stop.asked or self.saver.due or (self.saver.written and self.link.may_try)
 
     def _settle(self, held: Held) -> None:
         """End a trial that has diverged or is through its budget."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,6 +19,8 @@ from optuna.trial import TrialState
 
 from momentum_tuner.database import Database
 from momentum_tuner.spec import StudySpec
+
+from .traces import newest_file
 
 _TABLE = """
 CREATE TABLE ledger (
@@ -201,8 +203,18 @@ def read_ledger(database: Database) -> Ledger:
     return Ledger([Entry(*row) for row in rows])
 
 
-def check_ledger(database: Database, spec: StudySpec, grace_seconds: float) -> Ledger:
-    """See that a study that is done lost nothing, did nothing twice, and kept its budget; returns the ledger."""
+def check_ledger(database: Database, spec: StudySpec, grace_seconds: float, killed: Collection[str]) -> Ledger:
+    """See that a study that is done lost nothing, did nothing twice, and kept its budget.
+
+    Args:
+        database: the study's, with nothing else in it.
+        spec: the study.
+        grace_seconds: after how long its workers give a silent one up.
+        killed: the ids of the workers that were killed.
+
+    Returns:
+        the ledger.
+    """
     ledger = read_ledger(database)
     with database.engine.connect() as connection:
         tickets = connection.execute(sa.text("SELECT * FROM tickets ORDER BY queue_order")).mappings().all()
@@ -217,8 +229,26 @@ def check_ledger(database: Database, spec: StudySpec, grace_seconds: float) -> L
     _check_claims(ledger, grace_seconds)
     _check_writers(ledger)
     _check_epochs(ledger, tickets, epochs)
-    _check_optuna(database, spec, ledger, tickets)
+    _check_optuna(database, spec, tickets, sum(a.old_worker_id not in killed for a in ledger.adoptions))
     return ledger
+
+
+def check_continuation(ledger: Ledger, adoptions: Sequence[Entry], positions: Mapping[str, Mapping[int, int]]) -> None:
+    """See that trials went on from the newest checkpoint that their tickets knew, or from the start if they knew none.
+
+    Args:
+        ledger: of the study.
+        adoptions: of the tickets to look at.
+        positions: the epochs that each ticket has behind it in a file of checkpoints.
+    """
+    for adoption in adoptions:
+        brought = [e.epoch for e in ledger.brought[adoption.ticket_id, adoption.generation]]
+        file = newest_file(adoption.checkpoint)
+        if adoption.old_state == "finishing":
+            assert brought == [], adoption
+        elif file is None or file in positions:
+            start = 0 if file is None else positions[file][adoption.ticket_id] + 1
+            assert brought == list(range(start, start + len(brought))), (adoption, start)
 
 
 def _check_changes(ledger: Ledger, tickets: Sequence[sa.RowMapping]) -> None:
@@ -279,15 +309,25 @@ def _check_epochs(ledger: Ledger, tickets: Sequence[sa.RowMapping], epochs: Sequ
             assert json.loads(ticket["measures"]) if isinstance(ticket["measures"], str) else ticket["measures"]
 
 
-def _check_optuna(database: Database, spec: StudySpec, ledger: Ledger, tickets: Sequence[sa.RowMapping]) -> None:
-    """Optuna has the trials 0, 1, ..., n - 1 of each optimizer, one for each ticket, all told what the ticket says."""
+def _check_optuna(database: Database, spec: StudySpec, tickets: Sequence[sa.RowMapping], lost_while_alive: int) -> None:
+    """Optuna has the trials 0, 1, ..., n - 1 of each optimizer, one for each ticket, all told what the ticket says.
+
+    A worker that lost a ticket while it lived may have asked for it afterwards: such a trial is failed, and there are
+    no more of them than such tickets.
+    """
     storage = optuna.storages.RDBStorage(database.text)
+    extra = 0
     for optimizer in spec.optimizers:
         trials = optuna.load_study(study_name=f"{spec.name}/{optimizer}", storage=storage).trials
         mine = {t["trial_number"]: t for t in tickets if t["optimizer"] == optimizer}
-        assert sorted(mine) == list(range(spec.budget.trials)) == [t.number for t in trials]
+        assert len(mine) == spec.budget.trials
+        assert [t.number for t in trials] == list(range(len(trials)))
+        extra += len(trials) - len(mine)
         for trial in trials:
-            ticket = mine[trial.number]
+            ticket = mine.get(trial.number)
+            if ticket is None:
+                assert trial.state is TrialState.FAIL, trial
+                continue
             assert (trial._trial_id, trial.user_attrs) == (ticket["trial_id"], {"ticket": ticket["id"]})
             assert trial.state in TOLD[ticket["outcome"]], (trial, ticket)
             if trial.state is TrialState.COMPLETE:
@@ -295,3 +335,4 @@ def _check_optuna(database: Database, spec: StudySpec, ledger: Ledger, tickets: 
             assert (ticket["value"] is None) == (trial.state is TrialState.FAIL), (trial, ticket)
     storage.remove_session()
     storage.engine.dispose()
+    assert extra <= lost_while_alive

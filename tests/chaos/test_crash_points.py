@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from momentum_tuner.spec import StudySpec
 from momentum_tuner.tickets import submit_study
 from momentum_tuner.worker_options import WorkerOptions
 
-from .ledger import Ledger, check_ledger, open_ledger
+from .ledger import Ledger, check_continuation, check_ledger, open_ledger, read_ledger
 from .processes import Nursery
-from .traces import Position, newest_file, read_positions
+from .traces import newest_file, read_epochs
 
 HERE = Path(__file__).parent
 PLACES = {
@@ -53,7 +53,7 @@ class Crash:
         code: how the first worker ended.
         struck: whether it had come to the crash point.
         left: names of the files in the study's folder of checkpoints when it was dead.
-        positions: of the trials in those that were whole, by file and ticket.
+        epochs: that the trials in those that were whole had behind them, by file and ticket.
         cleared: whether that folder was gone at the end.
         ledger: of the study, checked.
         said: by the second worker.
@@ -62,7 +62,7 @@ class Crash:
     code: int
     struck: bool
     left: list[str]
-    positions: dict[str, dict[int, Position]]
+    epochs: dict[str, dict[int, int]]
     cleared: bool
     ledger: Ledger
     said: str
@@ -111,12 +111,13 @@ def crash_and_complete(nursery: Nursery, database: Database, point: str, folder:
         nursery.wait_until(noted, "no checkpoint was noted", 60)
         token.touch()
     code = nursery.ended(worker, 60)
+    killed = read_ledger(database).beats.keys()
     left = sorted(path.name for path in checkpoints.glob("*"))
-    positions = {name: read_positions(checkpoints / name) for name in left if not name.startswith(".")}
+    epochs = {name: read_epochs(checkpoints / name) for name in left if not name.startswith(".")}
     other = nursery.start_worker(database.text, options)
     assert nursery.ended(other, 120) == 0, other.said()
-    ledger = check_ledger(database, spec, GRACE_SECONDS)
-    return Crash(code, not token.exists(), left, positions, not checkpoints.exists(), ledger, other.said())
+    ledger = check_ledger(database, spec, GRACE_SECONDS, killed)
+    return Crash(code, not token.exists(), left, epochs, not checkpoints.exists(), ledger, other.said())
 
 
 Crashes = dict[str, "Future[Crash]"]
@@ -171,22 +172,46 @@ def test_a_study_completes_though_a_worker_died_there(point, crashes):
     crash = crashes[point].result()
     assert (crash.code, crash.struck) == (-signal.SIGKILL, True)
     assert "Traceback" not in crash.said
+    first, second = crash.ledger.beats
+    adoptions = crash.ledger.adoptions
+    assert {(e.old_worker_id, e.worker_id) for e in adoptions} == {(first, second)}
+    check_how_far_it_was(point, crash)
+    check_continuation(crash.ledger, adoptions, crash.epochs)
     assert crash.cleared
-    (first, second) = crash.ledger.beats
-    assert {e.old_worker_id for e in crash.ledger.adoptions} == {first}
-    assert {e.worker_id for e in crash.ledger.adoptions} == {second}
-    EXPECTED.get(point, lambda _: None)(crash)
-    check_continuation(crash)
 
 
-def check_continuation(crash: Crash) -> None:
-    """A trial went on from the newest checkpoint that its ticket knew, or from the start where it knew none."""
-    for entry in crash.ledger.adoptions:
-        brought = [e.epoch for e in crash.ledger.brought.get((entry.ticket_id, entry.generation), [])]
-        if entry.old_state == "running":
-            file = newest_file(entry.checkpoint)
-            start = -1 if file is None else crash.positions[file][entry.ticket_id].epoch
-            assert brought == list(range(start + 1, start + 1 + len(brought)))
-            assert brought
-        else:
-            assert brought == []
+def check_how_far_it_was(point: str, crash: Crash) -> None:
+    """What the worker that died had done for the tickets that were adopted."""
+    adoptions = crash.ledger.adoptions
+    before = [[e for e in crash.ledger.by_ticket[a.ticket_id] if e.id < a.id] for a in adoptions]
+    brought = [len(crash.ledger.brought[a.ticket_id, a.old_generation]) for a in adoptions]
+    files = [newest_file(a.checkpoint) for a in adoptions]
+    match point:
+        case "claimed" | "asking" | "asked":
+            assert [len(changes) for changes in before] == [1, 1, 1]  # the claim
+        case "noted":
+            assert [len(changes) for changes in before] == [2, 2, 2]
+            assert brought == [0, 0, 0]
+        case "recorded":
+            assert brought == [1, 1, 1]  # the untrained models
+        case "reported":
+            assert min(brought) > 1
+        case "checkpoint-writing":
+            assert [name for name in crash.left if name.endswith(".tmp")]
+            assert any(files)
+        case "checkpoint-written":
+            assert any(files)
+            assert set(crash.epochs) - set(files)
+        case "checkpoint-noted":
+            assert sorted(crash.epochs, key=number_of)[-1] in files
+            assert len(crash.epochs) > 1
+        case "fenced" | "told":
+            assert "finishing" in {a.old_state for a in adoptions}
+        case "done":
+            done = {e.ticket_id for e in crash.ledger.results} - {a.ticket_id for a in adoptions}
+            assert any(e.state == "done" and e.generation == 1 for t in done for e in crash.ledger.by_ticket[t])
+
+
+def number_of(file: str) -> int:
+    """Which of its worker's checkpoints a file is."""
+    return int(file.rpartition("-")[2].removesuffix(".safetensors"))
