@@ -1127,6 +1127,23 @@ def test_a_shared_buffer_that_changes_later_is_an_error_and_not_shared_between_t
         train(trainer, 9)
 
 
+def test_running_statistics_belong_to_the_slot_even_where_the_first_step_leaves_them_as_they_were(mode):
+    x = torch.tensor([-3.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 3.0])[:, None]  # whose mean is 0
+    task = make_task(
+        lambda: nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)), train=TensorDataset(x, x), valid=TensorDataset(x, x)
+    )
+    settings = {seed: momentum(seed=seed, batch_size=2) for seed in range(3)}
+    trainer = Trainer(task, epochs=2, slots=3, mode=mode)
+    assert trainer.objective.shared == {}
+    for key, one in settings.items():
+        trainer.admit(key, one)
+    found = train(trainer, 2)
+    means = {key: trainer.export(key).tensors["buffer/model.0.running_mean"].item() for key in settings}
+    assert len(set(means.values())) == 3
+    for key, one in settings.items():
+        assert_same_curve(found[key], alone(task, one, 2))
+
+
 class Tied(nn.Module):
     """One matrix as the first and, transposed, as the last layer."""
 

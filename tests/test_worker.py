@@ -112,7 +112,8 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before_else_for_the_begi
     (newest, older), *_ = bench.references()
     assert all(found == [newest, older] for found in bench.references())
     saved = bench.saved(1)[0]
-    assert 1 < saved["step"] + saved["epoch_steps"] < 70
+    assert 1 < saved["step"] + saved["epoch_steps"] <= 70
+    assert len(bench.steps("a")) == 70  # and the newest is after the step in which it waited
     for reference in (newest,) if broken == "newest" else (newest, older):
         path = bench.checkpoints / reference.file
         content = bytearray(path.read_bytes())

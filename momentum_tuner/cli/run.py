@@ -118,12 +118,12 @@ def worker(names: tuple[str, ...], forever: bool, **options: object) -> None:
     for name in names:
         find_study(database, name)
     workers = _workers(arguments, database, names, arguments.trust, forever, random.randrange(1, 1_000_000), _say)
-    with _interrupts(workers) as interrupted:
+    with _interrupts(workers):
         workers.prepare(publish=uri is not None)
         workers.start(names, uri)
         while workers.watch():
             time.sleep(POLL_SECONDS)
-        workers.finish_publishing(10.0 if interrupted() else PUBLISH_SECONDS)
+        workers.finish_publishing(PUBLISH_SECONDS)
     _raise_failures(workers)
 
 
@@ -214,7 +214,7 @@ def _work(
         progress = study_progress(database, study)
         if uri is not None and progress.phase == "done":
             out.print("Bringing MLflow up to date ...")
-        whole = workers.finish_publishing(10.0 if interrupted() else PUBLISH_SECONDS)
+        whole = workers.finish_publishing(PUBLISH_SECONDS)
     if progress.phase == "done" or not interrupted():
         out.print(best_table(progress, best_settings(database, study)))
     if not whole:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from momentum_tuner.errors import TaskError
 
@@ -79,3 +80,13 @@ def differing(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> set[
         for name, value in first.items()
         if value.shape != second[name].shape or not torch.equal(value, second[name])
     }
+
+
+def running_statistics(model: nn.Module) -> set[str]:
+    """Names of the buffers that batch and instance norm layers write to.
+
+    They can be the same after a step, as a mean of 0 is where the inputs' mean is 0, and torch does not count the
+    writes of its normalization as changes of the tensor's version.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
+    return {f"{name}.{buffer}" for name, layer in layers for buffer, _ in layer.named_buffers(recurse=False)}

@@ -19,7 +19,7 @@ from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.dropout import key_dropout
-from momentum_tuner.trainer.layout import Layout, differing, state_beside_parameters
+from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
 PARITY_TOLERANCE = 1e-2
@@ -216,7 +216,7 @@ class Objective:
         self.wrapper.train()
         with RandomStream(0), torch.enable_grad():
             _, after = self._call(first.row, after, slice_slot(probe, 0), None)
-        varying |= differing(first.buffers, after)
+        varying |= differing(first.buffers, after) | running_statistics(self.wrapper)
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(

@@ -19,7 +19,7 @@ from momentum_tuner.worker_options import WorkerOptions
 
 from .ledger import Entry, Ledger, check_continuation, check_ledger, open_ledger
 from .processes import Nursery, Process
-from .traces import Traces, newest_file, read_traces
+from .traces import File, Traces, newest_file, read_traces
 
 HERE = Path(__file__).parent
 WORKERS = 8
@@ -38,9 +38,10 @@ KILLS_FOR_A_STOP = 10
 
 @dataclass(frozen=True)
 class Kill:
-    """A worker that was killed, and what it left; `seconds` is how long it took from the one to the other."""
+    """A worker that was killed, when, and what it left; `seconds` is how long it took to read that."""
 
     worker_id: str
+    at: float
     traces: Traces
     seconds: float
 
@@ -104,21 +105,24 @@ class Chaos:
         """Kill a worker, read what it left before others clear it away, and start another one."""
         worker_ids = self.worker_ids()
         victim = self.chance.choice([p for p in self.workers if p.key in worker_ids and p.key not in self.stopped])
-        killed = time.monotonic()
+        killed = time.time()
         victim.kill()
         self.nursery.ended(victim, 60)
         self.workers.remove(victim)
         worker_id = worker_ids[victim.key]
         checkpoints = self.folder / "checkpoints" / self.study.checkpoint_folder
         traces = read_traces(worker_id, checkpoints, self.folder / "notes" / str(victim.pid))
-        self.kills.append(Kill(worker_id, traces, time.monotonic() - killed))
+        self.kills.append(Kill(worker_id, killed, traces, time.time() - killed))
         self.start()
 
     def stop(self) -> None:
-        """Let a worker stand still beyond the grace."""
-        victim = self.chance.choice([p for p in self.workers if p.key not in self.stopped])
-        victim.kill(signal.SIGSTOP)
-        self.stopped[victim.key] = time.monotonic() + 1.5 * GRACE_SECONDS
+        """Let a worker that holds tickets stand still beyond the grace."""
+        holders = {worker_id for (worker_id,) in self.ask("SELECT worker_id FROM tickets WHERE state = 'running'")}
+        worker_ids = self.worker_ids()
+        if able := [p for p in self.workers if worker_ids.get(p.key) in holders]:
+            victim = self.chance.choice(able)
+            victim.kill(signal.SIGSTOP)
+            self.stopped[victim.key] = time.monotonic() + 2 * GRACE_SECONDS
 
     def wake(self, now: float) -> None:
         """Let those go on that have stood still long enough."""
@@ -194,7 +198,8 @@ def check_repeated_work(ledger: Ledger, kill: Kill) -> int:
     """
     most = 0
     for adoption in ledger.adoptions:
-        if adoption.old_worker_id == kill.worker_id and adoption.old_state == "running":
+        held_when_killed = adoption.old_worker_id == kill.worker_id and adoption.at > kill.at
+        if held_when_killed and adoption.old_state == "running":
             origin, later = last_saved(ledger, kill, adoption)
             saved = min((file.written for file in later), default=float("inf"))
             before, after = kill.traces.steps_between(origin, saved), kill.traces.steps_between(saved, float("inf"))
@@ -204,7 +209,7 @@ def check_repeated_work(ledger: Ledger, kill: Kill) -> int:
     return most
 
 
-def last_saved(ledger: Ledger, kill: Kill, adoption: Entry) -> tuple[float, list]:
+def last_saved(ledger: Ledger, kill: Kill, adoption: Entry) -> tuple[float, list[File]]:
     """From when on the work for a ticket was lost, and the checkpoints of that time that it does not know of."""
     claim = next(
         e for e in ledger.by_ticket[adoption.ticket_id] if e.is_claim and e.generation == adoption.old_generation
