@@ -286,6 +286,12 @@ def test_a_worker_that_was_stopped_for_long_is_refused_and_then_claims_new_work(
     bench.check_exact(study)
 
 
+def told(bench: Bench) -> list[str]:
+    """The states of Optuna's trials."""
+    with bench.database.read() as session:
+        return list(session.scalars(sa.text("SELECT state FROM trials ORDER BY number")))
+
+
 def heartbeat(bench: Bench) -> float:
     with bench.database.read() as session:
         return session.scalar(sa.select(Worker.heartbeat).order_by(Worker.started_at).limit(1))
@@ -426,6 +432,8 @@ def test_what_was_trained_for_a_ticket_that_was_adopted_during_an_outage_is_drop
         wait_for(lambda: len(bench.curves(study)[1]) == 13)
         assert bench.curves(study)[0] == recorded
         assert bench.rows(Ticket.worker_id, Ticket.generation) == [("other", 2), (running.id, 1)]
+        wait_for(lambda: bench.rows(Ticket.state) == [("running",), ("done",)])
+        assert told(bench) == ["RUNNING", "COMPLETE"]
         assert running.thread.is_alive()
     give_back(bench.database, adopted)
     running.join()
