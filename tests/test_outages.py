@@ -357,7 +357,7 @@ def test_a_trial_that_kills_its_workers_fails_and_those_beside_it_complete(bench
 def test_a_worker_goes_on_after_a_restart_of_the_database(outage_bench, server):
     bench = outage_bench
     worker = bench.spawn()
-    study = bench.submit(epochs=60)
+    study = bench.submit(epochs=30)
     bench.ask_for("seconds-per-step", 0.02)
     bench.order(worker, slots=2)
     for epoch in (2, 12):

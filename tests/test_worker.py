@@ -69,16 +69,16 @@ def test_a_drained_trial_goes_on_in_the_middle_of_its_epoch_to_the_last_bit(benc
 
 
 def test_while_checkpoints_cannot_be_written_training_goes_on_and_the_last_good_one_stays(bench, undisturbed, caplog):
-    study = bench.submit(steps=20, epochs=12)
-    bench.hold_at(90, "a")
+    study = bench.submit(epochs=12)
+    bench.hold_at(45, "a")
     running = bench.start("a", checkpoint_seconds=OFTEN)
-    bench.wait_at(90)
+    bench.wait_at(45)
     assert all(bench.references())
     kept, aside = bench.checkpoints / study.checkpoint_folder, bench.folder / "aside"
     kept.rename(aside)
     kept.write_text("in the way")
-    bench.hold_at(170, "a")
-    bench.wait_at(170)
+    bench.hold_at(85, "a")
+    bench.wait_at(85)
     assert "checkpoint skipped" in caplog.text
     assert bench.epochs() == 8
     good = bench.references()
@@ -90,11 +90,11 @@ def test_while_checkpoints_cannot_be_written_training_goes_on_and_the_last_good_
     kept.unlink()
     aside.rename(kept)
     saved = bench.saved()[0]
-    assert 0 < saved["step"] + saved["epoch_steps"] <= 90
+    assert 0 < saved["step"] + saved["epoch_steps"] <= 45
     bench.start("b").join()
     assert bench.steps("b")[0] == marks_at(saved["step"] + saved["epoch_steps"])
     bench.check_exact(study)
-    assert bench.curves(study) == undisturbed(steps=20, epochs=12)
+    assert bench.curves(study) == undisturbed(epochs=12)
 
 
 @pytest.mark.parametrize("broken", ["newest", "all"])
@@ -129,7 +129,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before_else_for_the_begi
 
 
 def test_old_checkpoints_are_removed_and_all_of_them_when_the_study_is_done(bench):
-    study = bench.submit(steps=20, epochs=16)
+    study = bench.submit(epochs=16)
     folder = bench.checkpoints / study.checkpoint_folder
     most: dict[str, int] = {}
 
@@ -142,12 +142,12 @@ def test_old_checkpoints_are_removed_and_all_of_them_when_the_study_is_done(benc
             most.update({worker.id: max(most.get(worker.id, 0), len(numbers(worker))) for worker in workers})
 
     for name in "abc":
-        bench.hold_at(200, name, RATES[:2])
-    bench.hold_at(200, "b")
+        bench.hold_at(100, name, RATES[:2])
+    bench.hold_at(100, "b")
     first = bench.start("a", slots=2, checkpoint_seconds=OFTEN)
     wait_for(lambda: len(bench.steps("a")) > 5)
     second = bench.start("b", slots=2, checkpoint_seconds=OFTEN)
-    reached(200, first, second)
+    reached(100, first, second)
     assert all(max(numbers(worker)) > 5 for worker in (first, second)), "many were written"
     assert max(most.values()) <= 3, "two that are noted, and one that is about to be"
     first.stop.asked = True
@@ -157,9 +157,9 @@ def test_old_checkpoints_are_removed_and_all_of_them_when_the_study_is_done(benc
     (folder / ".gone-1.safetensors.x.tmp").mkdir()
     (folder / ".gone-1.safetensors.x.tmp" / "gone-1.safetensors").write_bytes(b"half")
     (folder / "gone-2.safetensors").write_bytes(b"not noted")
-    bench.hold_at(300, "c", RATES[:2])
+    bench.hold_at(150, "c", RATES[:2])
     third = bench.start("c", slots=2, checkpoint_seconds=OFTEN)
-    reached(300 - 201, third)
+    reached(150 - 101, third)
     assert max(most.values()) <= 3
     assert numbers(first) == [], "nothing refers to files of a worker that has ended"
     assert not list(folder.glob("*gone-*"))

@@ -8,8 +8,9 @@ writes: the name of the connection, which the test gives to each process.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -156,6 +157,10 @@ class Ledger:
     def adoptions(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.is_adoption]
 
+    def adopted_from_living(self, killed: Mapping[str, float]) -> list[Entry]:
+        """Adoptions from workers that were silent but not dead, given when each that was killed was."""
+        return [a for a in self.adoptions if a.at < killed.get(a.old_worker_id or "", math.inf)]
+
     @cached_property
     def results(self) -> list[Entry]:
         """Accepted results: a ticket gets its outcome."""
@@ -203,14 +208,14 @@ def read_ledger(database: Database) -> Ledger:
     return Ledger([Entry(*row) for row in rows])
 
 
-def check_ledger(database: Database, spec: StudySpec, grace_seconds: float, killed: Collection[str]) -> Ledger:
+def check_ledger(database: Database, spec: StudySpec, grace_seconds: float, killed: Mapping[str, float]) -> Ledger:
     """See that a study that is done lost nothing, did nothing twice, and kept its budget.
 
     Args:
         database: the study's, with nothing else in it.
         spec: the study.
         grace_seconds: after how long its workers give a silent one up.
-        killed: the ids of the workers that were killed.
+        killed: when each worker that was killed was, by its id.
 
     Returns:
         the ledger.
@@ -229,7 +234,7 @@ def check_ledger(database: Database, spec: StudySpec, grace_seconds: float, kill
     _check_claims(ledger, grace_seconds)
     _check_writers(ledger)
     _check_epochs(ledger, tickets, epochs)
-    _check_optuna(database, spec, tickets, sum(a.old_worker_id not in killed for a in ledger.adoptions))
+    _check_optuna(database, spec, tickets, len(ledger.adopted_from_living(killed)))
     return ledger
 
 

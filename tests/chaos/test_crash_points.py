@@ -111,7 +111,7 @@ def crash_and_complete(nursery: Nursery, database: Database, point: str, folder:
         nursery.wait_until(noted, "no checkpoint was noted", 60)
         token.touch()
     code = nursery.ended(worker, 60)
-    killed = read_ledger(database).beats.keys()
+    killed = dict.fromkeys(read_ledger(database).beats, 0.0)
     left = sorted(path.name for path in checkpoints.glob("*"))
     epochs = {name: read_epochs(checkpoints / name) for name in left if not name.startswith(".")}
     other = nursery.start_worker(database.text, options)

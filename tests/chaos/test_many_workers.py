@@ -24,7 +24,7 @@ from .ledger import check_ledger, open_ledger
 from .processes import Nursery
 
 WORKERS = 64
-TRIALS = 5 * WORKERS
+TRIALS = 4 * WORKERS
 CONNECTIONS = 3
 """A worker holds no more: two for tickets and heartbeat, one for Optuna."""
 
@@ -106,7 +106,7 @@ def test_64_workers_lose_nothing_and_hold_three_connections_each(database, nurse
     for worker in workers:
         assert nursery.ended(worker, 60) == 0, worker.said()
         assert "Traceback" not in worker.said()
-    ledger = check_ledger(database, spec, GRACE_SECONDS, ())
+    ledger = check_ledger(database, spec, GRACE_SECONDS, {})
     assert (len(ledger.claims), len(ledger.results), len(ledger.adoptions)) == (TRIALS, TRIALS, 0)
     connections = [most[worker.key] for worker in workers]
     assert max(connections) <= CONNECTIONS
