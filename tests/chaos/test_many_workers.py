@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,8 @@ def test_64_workers_lose_nothing_and_hold_three_connections_each(database, nurse
             f"\n{WORKERS} processes, {TRIALS} trials that train nothing, one PostgreSQL; a second, in the middle:\n"
             f"momentum-tuner  {per_second(claimed):6.1f} claims  {per_second(done):6.1f} results\n"
             f"plain Optuna    {per_second(asked):6.1f} asks    {per_second(told):6.1f} tells\n"
-            f"{len(took_part)} workers took part, with {max(connections)} connections at most; 0 lost, 0 doubled"
+            f"{len(took_part)} workers took part, with {max(connections)} connections at most; 0 lost, 0 doubled",
+            file=sys.stderr,  # pytest-xdist shows that of its processes
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,7 @@ class Chaos:
 def test_nothing_is_lost_or_done_twice_while_workers_are_killed(postgresql_database, nursery, kills, tmp_path, capsys):
     seed = random.randrange(2**32)
     with capsys.disabled():
-        print(f"\n{kills} kills at random, seed {seed}")
+        print(f"\n{kills} kills at random, seed {seed}", file=sys.stderr)  # pytest-xdist shows that of its processes
     chaos = Chaos(postgresql_database, nursery, tmp_path, random.Random(seed))
     for _ in range(WORKERS):
         chaos.start()
@@ -183,7 +184,8 @@ def test_nothing_is_lost_or_done_twice_while_workers_are_killed(postgresql_datab
             f"{len(ledger.adoptions)} adoptions, {alive} of them from workers that stood still\n"
             f"0 lost, 0 doubled; {recorded} records, {brought - recorded} brought twice\n"
             f"steps repeated after a kill: {sum(repeated) / len(repeated):.1f} on average, {max(repeated)} at most; "
-            f"a checkpoint interval has {STEPS_BETWEEN_CHECKPOINTS:.0f}, an epoch {STEPS}"
+            f"a checkpoint interval has {STEPS_BETWEEN_CHECKPOINTS:.0f}, an epoch {STEPS}",
+            file=sys.stderr,
         )
 
 
