@@ -34,9 +34,21 @@ class Deadlines:
         self._thread: threading.Thread | None = None
 
     def watch(self, engine: Engine) -> None:
-        """Watch all connections that the engine opens from now on."""
+        """Watch all connections that the engine opens from now on, and see that each lives before it is used.
+
+        SQLAlchemy's own `pool_pre_ping` comes before any event, where a silent server would stop it for ever.
+        """
+        dialect: Any = engine.dialect
         sa.event.listen(engine, "connect", lambda connection, _: self._begin(connection), insert=True)
-        sa.event.listen(engine, "checkout", lambda connection, *_: self._begin(connection))
+
+        @sa.event.listens_for(engine, "checkout")
+        def begin(connection: Any, *_: Any) -> None:
+            self._begin(connection)
+            try:
+                dialect.do_ping(connection)
+            except dialect.loaded_dbapi.Error:
+                raise sa.exc.DisconnectionError from None  # SQLAlchemy makes a new one
+
         sa.event.listen(engine, "checkin", lambda connection, _: self._end(connection))
         sa.event.listen(engine, "close", lambda connection, _: self._end(connection))
 
