@@ -27,14 +27,6 @@ from momentum_tuner.spec import StudySpec
 DIALECTS = ("sqlite", "postgresql")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the one study that the session runs for them stay in one process of pytest-xdist, and run it once."""
-    for item in items:
-        if "finished" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("finished"))
-
-
 @dataclass
 class PostgreSQL:
     """A PostgreSQL server of this session, on a Unix socket in a folder of its own.

@@ -17,7 +17,7 @@ from momentum_tuner.errors import DeviceError, InputError
 from momentum_tuner.launcher.ray import Demand, Node, RayOptions, RayWorkers
 from momentum_tuner.launcher.ray.cluster import check_device, choose_demand, connect, only_machine
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 CLUSTER = """
 import sys
