@@ -1171,3 +1171,21 @@ def timed(call, spent):
             spent["mlflow"] += time.perf_counter() - begin
 
     return wrapped
+
+
+def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkeypatch):
+    import mlflow.store.db.utils as made_by_mlflow
+
+    def half(engine):
+        made_by_mlflow.InitialBase.metadata.create_all(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(made_by_mlflow, "_initialize_tables", half)
+        with pytest.raises(KeyboardInterrupt):
+            RunStore(f"sqlite:///{folder / 'mlflow.db'}", "study", "identity")
+    assert list(folder.iterdir()) == []
+    store = RunStore(f"sqlite:///{folder / 'mlflow.db'}", "study", "identity")
+    store.learn({})
+    assert store.experiment_id
+    assert [path.name for path in folder.iterdir()] == ["mlflow.db"]

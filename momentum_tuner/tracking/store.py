@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
 
 from momentum_tuner.errors import TrackingError, redact
 from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
@@ -53,6 +56,33 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
+def make_sqlite_store(uri: str) -> None:
+    """Make MLflow's SQLite file, if there is none: aside, and put in its place when it is whole.
+
+    MLflow makes it in some fifty steps in its place; killed or disturbed on the way, it leaves a file that nothing can
+    use or mend.
+    """
+    url = sa.make_url(uri) if uri.startswith("sqlite") else None
+    if url is None or url.query or not url.database or Path(url.database).exists():
+        return
+    from mlflow.store.db.utils import _initialize_tables
+
+    place = Path(url.database)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.absolute().parent) as folder:
+        made = Path(folder, place.name)
+        engine = sa.create_engine(f"sqlite:///{made}")
+        try:
+            _initialize_tables(engine)
+        finally:
+            engine.dispose()
+        try:
+            os.link(made, place)
+        except FileExistsError:  # another one was quicker
+            pass
+        except OSError:  # a file system without links
+            made.rename(place)
+
+
 @dataclass
 class Run:
     """A run as MLflow has it.
@@ -86,6 +116,7 @@ class RunStore:
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
+        make_sqlite_store(tracking_uri)
         self._client = MlflowClient(tracking_uri=tracking_uri)
         self._experiment = experiment
         self._identity = identity
