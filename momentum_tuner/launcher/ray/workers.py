@@ -26,11 +26,6 @@ from momentum_tuner.worker_options import WorkerOptions
 
 FOLLOW_SECONDS = 1.0
 """How often the cluster is asked for its nodes."""
-STUCK_SECONDS = 30.0
-"""An actor that is not placed for so long, where there is room, is made anew; the next one has twice as long.
-
-Ray 2.60 never places some that it was about to place on a node as that died.
-"""
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,12 @@ class RayOptions:
 class _Actor:
     """An actor: where it is, once Ray has found room for it, and what it does, once it has begun.
 
-    `lost_on` names the nodes on which those that it stands for were lost; `until` says when it is stuck.
+    `lost_on` names the nodes on which those that it stands for were lost.
     """
 
     handle: Any
     placing: ray.ObjectRef[Place]
     lost_on: tuple[str, ...]
-    until: float
     place: Place | None = None
     node: str = ""
     work: Any = None
@@ -107,7 +101,6 @@ class RayWorkers:
         self._actors: list[_Actor] = []
         self._lost: list[tuple[str, ...]] = []
         self._spawned = 0
-        self._patience = STUCK_SECONDS
         self._done_before = 0
         self._started = False
         self._stopping = False
@@ -197,19 +190,9 @@ class RayWorkers:
         waiting = [actor for actor in self._actors if actor.place is None]
         for actor in waiting[: max(0, len(self._actors) - wanted)]:
             self._remove(actor)
-        if room > sum(actor.place is not None for actor in self._actors):
-            self._free_stuck()
         while len(self._actors) < wanted:
             self._actors.append(self._spawn())
         self._follow_at = time.monotonic() + FOLLOW_SECONDS
-
-    def _free_stuck(self) -> None:
-        """Take away one actor that has waited too long for a place that is there; another one takes its turn."""
-        stuck = [a for a in self._actors if a.place is None and time.monotonic() > a.until]
-        for actor in stuck[:1]:
-            self._patience *= 2
-            self._remove(actor)
-            self._lost.append(actor.lost_on)
 
     def _see_nodes(self) -> None:
         self._nodes = {node.id: node for node in cluster.nodes()}
@@ -240,8 +223,7 @@ class RayWorkers:
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": environment},
         ).remote(self._log_level, os.getcwd())
-        lost_on = self._lost.pop() if self._lost else ()
-        return _Actor(handle, handle.place.remote(), lost_on, time.monotonic() + self._patience)
+        return _Actor(handle, handle.place.remote(), self._lost.pop() if self._lost else ())
 
     def _look_after(self, actor: _Actor) -> None:
         try:
