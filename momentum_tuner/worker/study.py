@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from momentum_tuner.checkpoints import CheckpointStore, SavedSlot
 from momentum_tuner.database import Database
 from momentum_tuner.errors import MomentumTunerError, StorageError, describe_failure
 from momentum_tuner.faults import crash_point
-from momentum_tuner.metrics import EpochRecord, objective_value, trial_measures
+from momentum_tuner.metrics import EpochRecord, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Task, check_objective
@@ -192,7 +191,7 @@ class StudyWorker:
                     reported = value
                 held.reported.add(rung)
             if reported is not None and self.search.should_prune(held.claim.optimizer, trial_id):
-                self._end(held, Result("pruned", reported, self._measures(held)))
+                self._end(held, Result("pruned", reported, flat_measures(self._measures(held))))
             held.judged = last
 
     def _finish(self) -> None:
@@ -361,12 +360,12 @@ class StudyWorker:
         elif last.epoch >= self.spec.budget.epochs:
             outcome = "complete"
         if outcome is not None:
-            measures = trial_measures(held.records, self.spec.budget.epochs)
+            measures = self._measures(held)
             value = objective_value(measures, self.spec.objective.metric)
             self._end(held, Result(outcome, value, flat_measures(measures)))
 
-    def _measures(self, held: Held) -> dict[str, Any]:
-        return flat_measures(trial_measures(held.records, self.spec.budget.epochs))
+    def _measures(self, held: Held) -> TrialMeasures:
+        return trial_measures(held.records, self.spec.budget.epochs)
 
     def _end(self, held: Held, result: Result) -> None:
         """Note a trial's result, and free its slot."""
