@@ -90,6 +90,7 @@ OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
         "sgd": Optimizer("sgd", ("learning_rate", *_COMMON), {"momentum": 0.0, "nesterov": 0.0}, "SGD"),
         "momentum": Optimizer("sgd", ("learning_rate", "momentum", "dampening", *_COMMON), {"nesterov": 0.0}, "SGD"),
         "nesterov": Optimizer("sgd", ("learning_rate", "momentum", *_COMMON), {"nesterov": 1.0}, "SGD"),
+        "momentum_0.9": Optimizer("sgd", ("learning_rate", *_COMMON), {"momentum": 0.9, "nesterov": 0.0}, "SGD"),
         "momentum_classic": Optimizer("momentum_classic", ("learning_rate", "momentum", *_COMMON)),
         "nesterov_lookahead": Optimizer("nesterov_lookahead", ("learning_rate", "momentum", *_COMMON)),
         "adam": Optimizer("adam", ("learning_rate", "beta1", "beta2", "eps", *_COMMON), {}, "Adam"),
@@ -98,6 +99,9 @@ OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
     }
 )
 """Optimizers by the name that a study file uses."""
+
+TEXTBOOK = "momentum_0.9"
+"""Momentum as textbooks set it: what the others are compared with, at a learning rate of its own."""
 
 SCHEDULE_OPTIONS: Mapping[str, Hyperparameter] = MappingProxyType(
     {

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from momentum_tuner.catalog import OPTIMIZERS
+from momentum_tuner.catalog import OPTIMIZERS, TEXTBOOK
 from momentum_tuner.errors import InputError, StudyFileError
 from momentum_tuner.spec.document import read_document, read_text, write_document
 from momentum_tuner.spec.mistakes import (
@@ -46,7 +46,7 @@ from momentum_tuner.spec.sections import (
     TaskSpec,
     count,
 )
-from momentum_tuner.spec.settings import Setting, Space, grid_axis, normal_form, plain, settings_of
+from momentum_tuner.spec.settings import Setting, Space, grid_axis, names_of, normal_form, plain, settings_of
 
 PRECISIONS = ("auto", "float32", "float64", "bfloat16")
 
@@ -183,15 +183,42 @@ class StudySpec(Section):
     def _plain(self, settings: Space) -> dict[str, object]:
         return plain(settings)
 
+    @property
+    def reference(self) -> str | None:
+        """The optimizer that the others are compared with: momentum at 0.9, with a learning rate of its own.
+
+        It is `momentum` itself where the study fixes that to 0.9; None if the study confirms nothing.
+        """
+        if self.confirm.seeds == 0:
+            return None
+        if TEXTBOOK not in self.optimizers and "momentum" in self.optimizers:
+            momentum = settings_of("momentum", self.space, self.fixed)["momentum"]
+            if momentum == OPTIMIZERS[TEXTBOOK].constants["momentum"]:
+                return "momentum"
+        return TEXTBOOK
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """What is compared: the study's optimizers, and the reference if it is not one of them."""
+        others = () if self.reference in (None, *self.optimizers) else (self.reference,)
+        return (*self.optimizers, *others)
+
     def hyperparameters(self, optimizer: str) -> dict[str, Setting]:
-        """What holds for one optimizer: each of its hyperparameters in the catalog's order, then `batch_size`.
+        """What holds for one contestant: each of its hyperparameters in the catalog's order, then `batch_size`.
+
+        A reference that the study does not name has what `momentum` has, where that is one of its optimizers.
 
         Raises:
             InputError: the optimizer is not in this study.
         """
-        if optimizer not in self.optimizers:
+        if optimizer in self.optimizers:
+            return settings_of(optimizer, self.space, self.fixed)
+        if optimizer not in self.contestants:
             raise InputError(f"study {self.name}: {unknown(optimizer, self.optimizers)}")
-        return settings_of(optimizer, self.space, self.fixed)
+        model = "momentum" if "momentum" in self.optimizers else optimizer
+        space, fixed = normal_form((*self.optimizers, optimizer), self.space, self.fixed)
+        settings = settings_of(model, space, fixed)
+        return {name: settings[name] for name in names_of(optimizer)}
 
     def rungs(self) -> tuple[int, ...]:
         """The epochs before the last at which trials report and may be pruned, ascending."""
