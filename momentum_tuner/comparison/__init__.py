@@ -1,0 +1,1 @@
+"""Confirmation and verdict: which optimizer is faster, how stable, how sure."""

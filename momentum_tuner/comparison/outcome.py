@@ -1,0 +1,138 @@
+"""What a comparison says, as plain frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from momentum_tuner.database import plain_number
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One optimizer's best setting, over the confirmation seeds.
+
+    Attributes:
+        optimizer: whose setting it is.
+        learning_rate: of the setting.
+        momentum: of the setting; 0 for plain SGD, None for an optimizer that has none.
+        settings: all its hyperparameters.
+        trial: the search trial that found it.
+        seeds: confirmation trials that have ended in a result.
+        steps_to_target: geometric mean over seeds, in optimizer steps; a miss counts as twice the budget's steps.
+        miss_rate: share of seeds that never reached the target.
+        divergence_rate: share of seeds that diverged.
+        best_valid_loss: mean over seeds of each trial's smallest validation loss; of the untrained model for one that
+            diverged.
+        seed_std: standard deviation of the objective over seeds; None with fewer than two.
+        mean_valid_loss: mean over seeds of the anytime measure.
+        oscillation: mean over seeds.
+        spikes: mean over seeds.
+        layer_grad_ratio: mean over seeds.
+        sharpness: mean over the seeds where it was measured.
+        stability_margin: the same.
+        stable_width: decades of learning rate within 5% of the best objective, over the search trials.
+        lr_sensitivity: mean loss that a badly chosen learning rate costs, over the search trials.
+    """
+
+    optimizer: str
+    learning_rate: float
+    momentum: float | None
+    settings: Mapping[str, Any]
+    trial: int
+    seeds: int
+    steps_to_target: float | None
+    miss_rate: float | None
+    divergence_rate: float | None
+    best_valid_loss: float | None
+    seed_std: float | None
+    mean_valid_loss: float | None
+    oscillation: float | None
+    spikes: float | None
+    layer_grad_ratio: float | None
+    sharpness: float | None
+    stability_margin: float | None
+    stable_width: float | None
+    lr_sensitivity: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of a stability measure, a minus b, with its 95% interval."""
+
+    measure: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two contestants compared seed by seed.
+
+    Attributes:
+        a: the one that is faster, or equal.
+        b: the other.
+        seeds: how many both have.
+        speed_ratio: geometric mean over seeds of steps_to_target(a) / steps_to_target(b); below 1, a is faster.
+        low: lower end of its 95% interval.
+        high: upper end.
+        p: of the paired sign-flip permutation test, Holm-corrected over the pairs.
+        verdict: in words.
+        smallest_ratio: the ratio nearest to 1 that this many seeds could have shown, below 1.
+        stability: differences of `oscillation`, `spikes` and `divergence_rate`.
+    """
+
+    a: str
+    b: str
+    seeds: int
+    speed_ratio: float
+    low: float
+    high: float
+    p: float
+    verdict: str
+    smallest_ratio: float | None
+    stability: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of a study's contestants, best first, and of their pairs.
+
+    Attributes:
+        study: the study's name.
+        phase: of the study; before `done` it is of what there is so far.
+        target: the value to reach; None while it cannot be said.
+        target_metric: of which measure, such as `valid_loss`.
+        maximize: whether the target is reached from below.
+        reference: the textbook contestant that `auto` targets come from.
+        budget: `trials`, `epochs`, `seeds` and `steps` of each contestant: equal for all.
+        optimizers: the contestants, the fastest first.
+        pairs: all pairs, in the order of the contestants.
+        notes: what a reader must know to trust the numbers, such as a contestant that has no completed trial.
+    """
+
+    study: str
+    phase: str
+    target: float | None
+    target_metric: str
+    maximize: bool
+    reference: str | None
+    budget: Mapping[str, int]
+    optimizers: tuple[Contestant, ...]
+    pairs: tuple[Pair, ...]
+    notes: tuple[str, ...]
+
+    def flat(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        found: dict[str, Any] = _plain(asdict(self))
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return plain_number(value)
