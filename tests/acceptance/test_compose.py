@@ -422,8 +422,8 @@ def test_three_workers_complete_a_study_though_one_is_killed_and_one_is_drained(
     assert first.stop() == 0
 
     counts = (
-        "SELECT optimizer, count(*), count(DISTINCT trial_number) FROM tickets WHERE state = 'done' AND kind = 'search' "
-        "GROUP BY optimizer"
+        "SELECT optimizer, count(*), count(DISTINCT trial_number) FROM tickets "
+        "WHERE state = 'done' AND kind = 'search' GROUP BY optimizer"
     )
     assert sorted(records.rows(counts)) == sorted((optimizer, 64, 64) for optimizer in OPTIMIZERS)
     trials = records.rows("SELECT study_name, number, state FROM trials JOIN studies USING (study_id)")  # Optuna's own
