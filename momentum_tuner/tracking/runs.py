@@ -38,7 +38,7 @@ EPOCH_MEASURES = (
     "seconds",
     "distance",
 )
-FINAL_MEASURES = ("best_valid_loss", "mean_valid_loss", "contraction")
+FINAL_MEASURES = ("best_valid_loss", "mean_valid_loss", "contraction", "sharpness", "stability_margin")
 
 
 @dataclass(frozen=True)
