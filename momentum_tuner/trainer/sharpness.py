@@ -144,7 +144,9 @@ def hessian(objective: Objective, states: Sequence[SlotState], batch: Batch, fus
     def multiply(vectors: Tensor) -> Tensor:
         if not gradient.requires_grad:  # the loss is linear
             return torch.zeros_like(vectors)
-        (product,) = torch.autograd.grad(gradient, point, vectors, retain_graph=True, materialize_grads=True)
-        return product
+        # `torch.autograd.grad` passes over what forbids a second derivative where that does not lead to the point.
+        gradient.backward(vectors, retain_graph=True)
+        product, point.grad = point.grad, None
+        return torch.zeros_like(vectors) if product is None else product
 
     return multiply
