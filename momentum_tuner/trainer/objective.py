@@ -144,15 +144,14 @@ class Objective:
 
         Args:
             rows: `[slots, parameters]`.
-            buffers: the slots' own buffers by name; left unchanged.
+            buffers: copies of the slots' own buffers by name, which batch norm writes to.
             data: the batch.
             fused: all slots at once or one after the other.
         """
         self.wrapper.calm()
 
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            copies = {name: value.clone() for name, value in own.items()}
-            return self._call(row, copies, data.tensors, None, rounded=False)[0]
+            return self._call(row, own, data.tensors, None, rounded=False)[0]
 
         def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
             loss: Tensor = vjp(lambda row: one(row, own), row)[0]  # as in `_fused_evaluation`
