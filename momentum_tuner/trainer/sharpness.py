@@ -145,7 +145,7 @@ def hessian(objective: Objective, states: Sequence[SlotState], batch: Batch, fus
         if not gradient.requires_grad:  # the loss is linear
             return torch.zeros_like(vectors)
         # `torch.autograd.grad` passes over what forbids a second derivative where that does not lead to the point.
-        gradient.backward(vectors, retain_graph=True)
+        torch.autograd.backward(gradient, vectors, retain_graph=True)
         product, point.grad = point.grad, None
         return torch.zeros_like(vectors) if product is None else product
 
