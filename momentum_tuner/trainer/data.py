@@ -225,6 +225,15 @@ class TrainingData:
         if isinstance(task.train, TensorDataset):
             self._tensors = [place(t, device, dtype) for t in task.train.tensors]
 
+    def sample(self, examples: int) -> Batch:
+        """One and the same batch every time: the first examples, at most so many; of an iterable its first batch."""
+        train = self._task.train
+        if train is None:
+            return Batch(None, shared=True)
+        if isinstance(train, TensorDataset):
+            return Batch(tuple(t[:examples] for t in self._tensors), shared=True)
+        return next(LoaderSource(train, 1, self._device, self._dtype).epoch([(0, 1)]))
+
     def source(self, batch_size: int) -> Source:
         """The minibatches at one batch size (of no effect for iterables and landscapes)."""
         steps = self._task.steps_per_epoch
@@ -277,11 +286,11 @@ class Validation:
         assert self._iterable is not None
         for raw in seeded_iterator(self._iterable, 0):
             batch = place(raw, self._device, self._dtype)
-            yield ValidationBatch(Batch(batch, shared=True), _examples(batch))
+            yield ValidationBatch(Batch(batch, shared=True), count_examples(batch))
 
 
-def _examples(batch: Any) -> int:
-    """Length of the first tensor's first axis."""
+def count_examples(batch: Any) -> int:
+    """Length of the first tensor's first axis; 1 without a tensor."""
     sizes: list[int] = []
 
     def look(value: Any) -> Any:
