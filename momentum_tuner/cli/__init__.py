@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -25,8 +26,23 @@ COMMANDS = {
 """Where each command is defined, in the order in which help lists them; a module is imported when it is asked for."""
 
 
+class Refusal(click.ClickException):
+    """An error of momentum-tuner as click shows it: its message, and its exit code."""
+
+    def __init__(self, error: MomentumTunerError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 class LazyGroup(click.Group):
     """Imports a command's module only when that command is used, and ends errors in one line with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; errors of momentum-tuner become errors of click."""
+        try:
+            return super().invoke(ctx)
+        except MomentumTunerError as error:
+            raise Refusal(error) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order of use."""
@@ -76,9 +92,6 @@ def main() -> None:
         code = 130
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except MomentumTunerError as error:
-        click.echo(f"Error: {error}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

@@ -72,6 +72,23 @@ def trust_of(factory: str, base: Path | None) -> str | None:
     return None if reference.built_in else reference.trusted_by
 
 
+def check_trust(factory: str, base: Path | None, trusted: Collection[str]) -> None:
+    """See that a factory may be imported, without importing anything; the arguments are those of `load_task`.
+
+    Raises:
+        TaskError: it is malformed, a file outside `base`, or not trusted.
+    """
+    _trusted(factory, base, trusted)
+
+
+def _trusted(factory: str, base: Path | None, trusted: Collection[str]) -> _Reference:
+    reference = _parse(factory, base)
+    if not reference.built_in and not _is_trusted(reference, trusted):
+        entry = reference.trusted_by
+        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {entry} if it is yours")
+    return reference
+
+
 def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, trusted: Collection[str] = ()) -> Task:
     """Import a factory, if it is trusted, and call it.
 
@@ -87,10 +104,7 @@ def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, tru
         TaskError: in one line, why the factory is refused (before anything is imported), is not found, or
             does not take `params`; what it raised and where; or what it returned in place of a `Task`.
     """
-    reference = _parse(factory, base)
-    if not reference.built_in and not _is_trusted(reference, trusted):
-        entry = reference.trusted_by
-        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {entry} if it is yours")
+    reference = _trusted(factory, base, trusted)
     from momentum_tuner.tasks.task import Task, user_code
 
     with _importable(reference, base):

@@ -1,7 +1,9 @@
 """Who may run which trial: studies, tickets and workers in the database."""
 
+from momentum_tuner.tickets.pace import recent_rate
 from momentum_tuner.tickets.progress import (
     BestSetting,
+    KindProgress,
     OptimizerProgress,
     StudyProgress,
     WorkerProgress,
@@ -49,6 +51,7 @@ __all__ = [
     "BestSetting",
     "Claim",
     "Heartbeat",
+    "KindProgress",
     "OptimizerProgress",
     "Outage",
     "Result",
@@ -72,6 +75,7 @@ __all__ = [
     "noted_checkpoints",
     "noted_trials",
     "read_epochs",
+    "recent_rate",
     "record_epochs",
     "register_worker",
     "set_trials",

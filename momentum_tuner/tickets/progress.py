@@ -71,6 +71,15 @@ class WorkerProgress:
 
 
 @dataclass(frozen=True)
+class KindProgress:
+    """How far all tickets of one kind are."""
+
+    tickets: int
+    done: int
+    running: int
+
+
+@dataclass(frozen=True)
 class StudyProgress:
     """How far a study is."""
 
@@ -78,6 +87,8 @@ class StudyProgress:
     phase: str
     optimizers: tuple[OptimizerProgress, ...]
     workers: tuple[WorkerProgress, ...]
+    reference: KindProgress
+    confirm: KindProgress
 
     @property
     def tickets(self) -> int:
@@ -103,15 +114,16 @@ def study_progress(database: Database, study: StudyRecord) -> StudyProgress:
     """Count the study's tickets and list its workers; those that ended are left out."""
     best = {b.optimizer: b for b in best_settings(database, study)}
     counts: dict[str, dict[str, int]] = {o: {} for o in study.spec.optimizers}
+    others: dict[str, dict[str, int]] = {"reference": {}, "confirm": {}}
     with database.read() as session:
         phase = session.scalar(sa.select(Study.phase).where(Study.id == study.id)) or study.phase
         kinds = session.execute(
-            sa.select(Ticket.optimizer, Ticket.state, Ticket.outcome, sa.func.count())
-            .where(Ticket.study_id == study.id, Ticket.kind == "search")
-            .group_by(Ticket.optimizer, Ticket.state, Ticket.outcome)
+            sa.select(Ticket.kind, Ticket.optimizer, Ticket.state, Ticket.outcome, sa.func.count())
+            .where(Ticket.study_id == study.id)
+            .group_by(Ticket.kind, Ticket.optimizer, Ticket.state, Ticket.outcome)
         )
-        for optimizer, state, outcome, count in kinds:
-            found = counts[optimizer]
+        for kind, optimizer, state, outcome, count in kinds:
+            found = counts[optimizer] if kind == "search" else others[kind]
             for name in ("tickets", state, outcome if state == "done" else None):
                 if name is not None:
                     found[name] = found.get(name, 0) + count
@@ -146,7 +158,15 @@ def study_progress(database: Database, study: StudyRecord) -> StudyProgress:
         )
         for optimizer, found in counts.items()
     )
-    return StudyProgress(study.name, phase, optimizers, workers)
+    reference, confirm = (
+        KindProgress(
+            tickets=found.get("tickets", 0),
+            done=found.get("done", 0),
+            running=found.get("running", 0) + found.get("finishing", 0),
+        )
+        for found in others.values()
+    )
+    return StudyProgress(study.name, phase, optimizers, workers, reference, confirm)
 
 
 def best_settings(database: Database, study: StudyRecord) -> list[BestSetting]:
