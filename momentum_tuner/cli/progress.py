@@ -96,7 +96,7 @@ class ProgressPage:
     def _say_best(self, study: StudyRecord, progress: StudyProgress) -> None:
         """A line on each new best since the page began."""
         first, self._best = self._best is None, self._best or {}
-        sign = -1.0 if study.spec.objective.direction == "maximize" else 1.0
+        sign = -1.0 if study.spec.objective.maximize else 1.0
         for o in progress.optimizers:
             if o.best is None or sign * o.best >= sign * self._best.get(o.optimizer, sign * math.inf):
                 continue
@@ -136,14 +136,13 @@ def progress_view(study: StudyRecord, progress: StudyProgress, rate: float, with
 
 def _of_phase(progress: StudyProgress) -> tuple[int, int]:
     """Trials done, and all there are, of the phase that the study is in; of the whole study once it is done."""
-    search = progress.done + progress.reference.done, progress.tickets + progress.reference.tickets
-    confirm = progress.confirm.done, progress.confirm.tickets
+    confirm = progress.confirm
     match progress.phase:
         case "search":
-            return search
+            return progress.done - confirm.done, progress.tickets - confirm.tickets
         case "confirm":
-            return confirm
-    return search[0] + confirm[0], search[1] + confirm[1]
+            return confirm.done, confirm.tickets
+    return progress.done, progress.tickets
 
 
 def _pace(progress: StudyProgress, rate: float) -> list[str]:

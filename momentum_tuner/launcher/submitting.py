@@ -78,7 +78,7 @@ def known_study(database: Database, name: str) -> StudyRecord | None:
 
 
 def load_checked_task(spec: StudySpec, folder: Path | None, trusted: Sequence[str]) -> Task:
-    """A study's task, once it has shown that it can be trained and measures the objective.
+    """A study's task, once it has shown that it can be trained and measures what the search aims at.
 
     Raises:
         TaskError: it cannot be loaded, or trained.
@@ -87,5 +87,6 @@ def load_checked_task(spec: StudySpec, folder: Path | None, trusted: Sequence[st
 
     task = load_task(spec.task.factory, spec.task.params, base=folder, trusted=trusted)
     check_task(task)
-    check_objective(spec.objective.metric, task)
+    for aim in spec.objective.aims:
+        check_objective(aim.metric, task)
     return task

@@ -1,5 +1,6 @@
 """Who may run which trial: studies, tickets and workers in the database."""
 
+from momentum_tuner.tickets.confirmation import confirmation_seeds, is_confirmation_of, open_confirmation
 from momentum_tuner.tickets.pace import recent_rate
 from momentum_tuner.tickets.progress import (
     BestSetting,
@@ -64,16 +65,19 @@ __all__ = [
     "begin_finish",
     "best_settings",
     "claim",
+    "confirmation_seeds",
     "delete_study",
     "end_finish",
     "epoch_record",
     "find_study",
     "finish_study",
     "give_back",
+    "is_confirmation_of",
     "list_studies",
     "note_checkpoints",
     "noted_checkpoints",
     "noted_trials",
+    "open_confirmation",
     "read_epochs",
     "recent_rate",
     "record_epochs",
