@@ -88,7 +88,7 @@ def progress_table(progress: StudyProgress, reference: str | None) -> Table:
     names = ["running", "pruned", "diverged", *(["failed"] if any(o.failed for o in progress.optimizers) else [])]
     table = _table(f"{progress.study}: {progress.phase}")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("done", *names):
+    for name in ("done", "run", *names[1:]):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best", justify="right", no_wrap=True)
     table.add_column("at")
