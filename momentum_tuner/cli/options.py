@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from momentum_tuner.cli.completion import complete_study
-from momentum_tuner.errors import redact
+from momentum_tuner.errors import InputError, redact
 
 if TYPE_CHECKING:
     from momentum_tuner.database import Database
@@ -133,12 +133,16 @@ def open_database(storage: str) -> Database:
 
 
 def parse_slots(slots: str) -> int | None:
-    """`--slots`: a number above 0, None for auto."""
+    """`--slots`: a number above 0, None for auto.
+
+    Raises:
+        InputError: it is neither.
+    """
     if slots == "auto":
         return None
     if slots.isdecimal() and int(slots) > 0:
         return int(slots)
-    raise click.UsageError(f"--slots {slots!r}: write a number above 0, or auto")
+    raise InputError(f"--slots {slots!r}: write a number above 0, or auto")
 
 
 def parse_trust(trust: Sequence[str]) -> tuple[str, ...]:
