@@ -12,6 +12,7 @@ import click
 from momentum_tuner.errors import MomentumTunerError
 
 COMMANDS = {
+    "init": "momentum_tuner.cli.start:init",
     "run": "momentum_tuner.cli.run:run",
     "resume": "momentum_tuner.cli.run:resume",
     "submit": "momentum_tuner.cli.run:submit",
@@ -76,9 +77,15 @@ def cli() -> None:
     r"""Which of SGD, momentum and Nesterov trains your PyTorch model fastest and most stably, and at which settings.
 
     \b
-    momentum-tuner run studies/digits-mlp.yaml     tune on real images, about a minute
-    momentum-tuner best digits-mlp --format torch  the line to paste into your script
-    momentum-tuner ui                              every run in MLflow
+    momentum-tuner init demo && cd demo      a study file and a task file to start from
+    momentum-tuner run study.yaml            tune them, well under a minute
+    momentum-tuner best demo --format torch  the line to paste into your script
+    momentum-tuner ui                        every run in MLflow
+
+    \b
+    In bash, TAB completes commands, options and names of studies after
+    eval "$(_MOMENTUM_TUNER_COMPLETE=bash_source momentum-tuner)"
+    (zsh: zsh_source; fish: _MOMENTUM_TUNER_COMPLETE=fish_source momentum-tuner | source).
     """
 
 
