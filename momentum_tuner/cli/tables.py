@@ -13,6 +13,9 @@ from rich.table import Table
 from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord
 from momentum_tuner.tracking.runs import short_momentum
 
+WIDE = 100
+"""Columns of a terminal that has room for everything."""
+
 
 def console(stderr: bool = False) -> Console:
     """A console that keeps its lines whole where its output goes to a file or a pipe."""
@@ -31,23 +34,28 @@ def setting_text(settings: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
+def best_table(progress: StudyProgress, best: Sequence[BestSetting], width: int) -> Table:
     """The best setting of each optimizer, best first, with how its trials ended; it fits 80 columns.
 
     With two aims it has a line for each setting on the front of an optimizer.
+
+    Args:
+        progress: the study's.
+        best: its best settings.
+        width: of the terminal; in a narrow one, how trials ended is left to `status`.
     """
     counts = {o.optimizer: o for o in progress.optimizers}
     metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
-    outcomes = _outcomes(progress)
+    outcomes = _outcomes(progress) if width >= WIDE else []
     two_aims = any(b.second_objective is not None for b in best)
     title = "settings that none is better than in both aims" if two_aims else "best setting of each optimizer"
     table = _table(f"{progress.study}: {title}")
     table.add_column("optimizer", no_wrap=True)
     aims = ("first aim", "second aim") if two_aims else ()
     for name in ("learning rate", "momentum", *aims, "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for name in outcomes:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     shown: set[str] = set()
     for b in best:
         momentum = b.settings.get("momentum")
@@ -70,12 +78,17 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
     return table
 
 
-def progress_table(progress: StudyProgress) -> Table:
-    """How far each optimizer is; it fits 80 columns."""
-    names = ["running", *_outcomes(progress)]
+def progress_table(progress: StudyProgress, reference: str | None) -> Table:
+    """How far each optimizer is, and what else the study trains; it fits 80 columns.
+
+    Args:
+        progress: the study's.
+        reference: the optimizer that the others are compared with.
+    """
+    names = ["running", "pruned", "diverged", *(["failed"] if any(o.failed for o in progress.optimizers) else [])]
     table = _table(f"{progress.study}: {progress.phase}")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("done", *names):
+    for name in ("done", "run", *names[1:]):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best", justify="right", no_wrap=True)
     table.add_column("at")
@@ -87,6 +100,9 @@ def progress_table(progress: StudyProgress) -> Table:
             _number(o.best),
             setting_text(o.best_setting or {}),
         )
+    for what, kind in ((reference or "reference", progress.reference), ("confirmation", progress.confirm)):
+        if kind.tickets:
+            table.add_row(what, f"{kind.done}/{kind.tickets}", str(kind.running))
     return table
 
 

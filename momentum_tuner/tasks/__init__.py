@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
-    from momentum_tuner.tasks.loader import load_task, trust_of
+    from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
     from momentum_tuner.tasks.task import Task, check_objective, check_task
 
 __all__ = [
@@ -21,10 +21,12 @@ __all__ = [
     "Task",
     "check_objective",
     "check_task",
+    "check_trust",
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
     "double_well",
+    "is_loading",
     "load_task",
     "quadratic",
     "rosenbrock",
@@ -48,6 +50,8 @@ _EXPORTS = {
     "Task": "momentum_tuner.tasks.task:Task",
     "check_objective": "momentum_tuner.tasks.task:check_objective",
     "check_task": "momentum_tuner.tasks.task:check_task",
+    "check_trust": "momentum_tuner.tasks.loader:check_trust",
+    "is_loading": "momentum_tuner.tasks.loader:is_loading",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }
