@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from momentum_tuner.errors import TaskError
+from momentum_tuner.tasks.loop import Loop
 
 Measure = Callable[[nn.Module, Any], Tensor]
 """A loss or a metric: of a model and a batch, a scalar."""
@@ -147,8 +148,10 @@ def _check_optimum(optimum: object) -> None:
         raise TaskError("Task.optimum has values that are not finite")
 
 
-def check_task(task: Task) -> None:
+def check_task(task: Task | Loop) -> None:
     """Build the model once and run its loss and metrics on one small batch; torch's random state is kept.
+
+    A loop of the user's own is not run: each of its trials shows what is wrong with it.
 
     Args:
         task: the task as its factory returned it.
@@ -156,6 +159,8 @@ def check_task(task: Task) -> None:
     Raises:
         TaskError: in one line, what cannot be trained, or what the user's code raised and where.
     """
+    if isinstance(task, Loop):
+        return
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
         with user_code("Task.model"):
@@ -228,10 +233,14 @@ def user_code(what: str) -> Iterator[None]:
     except TaskError as error:
         raise TaskError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
-        message = " ".join(str(error).split())
-        name = type(error).__name__
-        described = f"{name}: {message}" if message else name
-        raise TaskError(f"{what} raised {described} ({_place(error)})") from error
+        raise TaskError(f"{what} raised {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """What the user's code raised, in one line, and where."""
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {message} ({_place(error)})" if message else f"{name} ({_place(error)})"
 
 
 def _place(error: BaseException) -> str:
@@ -283,15 +292,18 @@ def checked(build: Callable[P, Task]) -> Callable[P, Task]:
     return factory
 
 
-def check_objective(metric: str, task: Task) -> None:
+def check_objective(metric: str, task: Task | Loop) -> None:
     """See that the objective is something the task measures.
 
     Raises:
-        TaskError: it is a metric that the task has not, or contraction without a known optimum.
+        TaskError: it is a metric that the task has not, contraction without a known optimum, or of a loop the
+            training loss, which it need not have.
     """
     known = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction"}
-    if metric == "contraction" and task.optimum is None:
+    if metric == "contraction" and (isinstance(task, Loop) or task.optimum is None):
         raise TaskError("objective.metric: contraction needs a task with a known optimum, which this task has not")
+    if metric == "train_loss" and isinstance(task, Loop):
+        raise TaskError("objective.metric: a Loop need not yield a train_loss; use valid_loss or one of Loop.metrics")
     if metric not in known and metric.removeprefix("valid_") not in task.metrics:
         there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
         raise TaskError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")
