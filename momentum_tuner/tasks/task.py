@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from momentum_tuner.errors import TaskError
@@ -202,8 +203,17 @@ def _first_batch(name: str, data: TensorDataset | Iterable[Any] | None) -> Any:
         if isinstance(data, TensorDataset):
             return data[:_ROWS_TO_CHECK]
         for batch in data:
-            return batch
+            return plain_batch(batch)
     raise TaskError(f"Task.{name} yields no batch")
+
+
+def plain_batch(batch: Any) -> Any:
+    """A batch with every mapping as a dict, such as Hugging Face's BatchEncoding: so its tensors can be stacked."""
+
+    def plain(value: Any) -> Any:
+        return {name: plain_batch(part) for name, part in value.items()} if isinstance(value, Mapping) else value
+
+    return tree_map(plain, batch)
 
 
 def _scalar(name: str, measure: Measure, model: nn.Module, batch: Any) -> Tensor:
