@@ -105,8 +105,10 @@ def test_the_objective_is_checked_against_the_metrics_of_a_loop():
     check_objective("valid_reward", loop)
     with pytest.raises(TaskError, match="the task has no 'valid_accuracy'; its metrics are valid_reward"):
         check_objective("valid_accuracy", loop)
-    with pytest.raises(TaskError, match="need not yield a train_loss"):
-        check_objective("train_loss", loop)
+    check_objective("steps_to_target", loop)
+    for metric in ("train_loss", "oscillation", "sharpness"):
+        with pytest.raises(TaskError, match=f"need not yield {metric}"):
+            check_objective(metric, loop)
     with pytest.raises(TaskError, match="contraction needs a task with a known optimum"):
         check_objective("contraction", loop)
 
@@ -384,6 +386,7 @@ def test_steps_are_counted_by_the_first_optimizer_or_are_the_epochs():
         owner = trainer(train)
         owner.admit("a", settings())
         assert [r.step for _ in range(2) for _, r in owner.train_epoch()] == steps
+        assert owner.steps_per_epoch(batch_size=8) == steps[0]
 
 
 @pytest.mark.parametrize(
@@ -591,6 +594,7 @@ def submit(bench: Bench, rates=RATES, *, epochs: int = 5, save_every: int = 1, *
         "fixed": {"batch_size": 8, "momentum": 0.5},
         "budget": {"trials": len(rates), "epochs": epochs},
         "pruner": {"name": "none"},
+        "confirm": {"seeds": 0},
         **sections,
     }
     return bench.put(StudySpec.model_validate(document), rates)
@@ -716,6 +720,21 @@ def test_several_slots_take_turns_and_leave_each_other_undisturbed(bench, make_b
     assert bench.curves(study) == expected
     with bench.database.read() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(Ticket).where(Ticket.outcome == "complete")) == 3
+
+
+def test_the_best_setting_of_a_loop_is_confirmed_on_fresh_seeds_that_pair_the_contestants(bench):
+    study = submit(bench, (0.05, 0.1), epochs=3, confirm={"seeds": 2}, optimizers=["momentum", "nesterov"])
+    start(bench).join()
+    assert bench.is_done(study)
+    tickets = bench.rows(Ticket.kind, Ticket.optimizer, Ticket.seed, Ticket.outcome, Ticket.measures)
+    confirmed = [row for row in tickets if row[0] == "confirm"]
+    assert {row[3] for row in confirmed} == {"complete"}
+    starts = {(row[1], row[2]): row[4]["initial_valid_loss"] for row in confirmed}
+    contestants, seeds = ({key[i] for key in starts} for i in (0, 1))
+    assert len(contestants) >= 3 and len(seeds) == 2 and len(starts) == 2 * len(contestants)
+    for seed in seeds:
+        assert len({starts[contestant, seed] for contestant in contestants}) == 1
+    assert len(set(starts.values())) == 2
 
 
 def test_patience_ends_python_code_in_its_middle_and_nothing_after_it(monkeypatch):

@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from momentum_tuner.errors import TaskError
+from momentum_tuner.spec import OBJECTIVES
 from momentum_tuner.tasks.loop import Loop
 
 Measure = Callable[[nn.Module, Any], Tensor]
 """A loss or a metric: of a model and a batch, a scalar."""
 
 _ROWS_TO_CHECK = 32
+_OF_LOOPS = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "steps_to_target"}
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _INSTALLED = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")})
 _TORCH = Path(torch.__file__).resolve().parent
@@ -303,17 +305,16 @@ def checked(build: Callable[P, Task]) -> Callable[P, Task]:
 
 
 def check_objective(metric: str, task: Task | Loop) -> None:
-    """See that the objective is something the task measures.
+    """See that an aim is something the task measures.
 
     Raises:
-        TaskError: it is a metric that the task has not, contraction without a known optimum, or of a loop the
-            training loss, which it need not have.
+        TaskError: it is a metric that the task has not, contraction without a known optimum, or a measure that a
+            loop need not yield.
     """
-    known = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction"}
     if metric == "contraction" and (isinstance(task, Loop) or task.optimum is None):
         raise TaskError("objective.metric: contraction needs a task with a known optimum, which this task has not")
-    if metric == "train_loss" and isinstance(task, Loop):
-        raise TaskError("objective.metric: a Loop need not yield a train_loss; use valid_loss or one of Loop.metrics")
-    if metric not in known and metric.removeprefix("valid_") not in task.metrics:
+    if isinstance(task, Loop) and metric in set(OBJECTIVES) - _OF_LOOPS:
+        raise TaskError(f"objective.metric: a Loop need not yield {metric}; use valid_loss or one of Loop.metrics")
+    if metric not in OBJECTIVES and metric.removeprefix("valid_") not in task.metrics:
         there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
         raise TaskError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")

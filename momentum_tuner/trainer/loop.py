@@ -70,6 +70,7 @@ class LoopTrainer:
         self._stopping = stopping
         self._schedule = schedule or ScheduleSettings()
         self._slots: dict[Hashable, _LoopSlot] = {}  # in the order of their turns
+        self._steps_per_epoch = 1
         if self.device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]  # so that random streams have the device's generator
 
@@ -86,6 +87,10 @@ class LoopTrainer:
     def slot_number(self, key: Hashable) -> int:
         """The number of the slot that a trial holds, from 0."""
         return self._slots[key].number
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Optimizer steps in an epoch, as far as the last one tells: a loop may take what it likes."""
+        return self._steps_per_epoch
 
     def admit(self, key: Hashable, settings: TrialSettings, state: SlotState | None = None) -> EpochRecord | None:
         """Give a trial a slot. It trains from the next epoch on.
@@ -162,6 +167,7 @@ class LoopTrainer:
                 self.failed = [key]
                 raise
             self._slots[key] = self._slots.pop(key)
+            self._steps_per_epoch = max(1, round(record.step / record.epoch))
             yield key, record
 
     def _run(self, key: Hashable, work: Callable[[], EpochRecord]) -> EpochRecord:
