@@ -206,13 +206,15 @@ class CheckpointStore:
         """
         try:
             self._system.invalidate_cache()  # other machines write too
-            paths = self._system.find(self._path(folder))
+            place = self._path(folder)
+            paths = self._system.find(place)
         except FileNotFoundError:
             return []
         except Exception as error:  # each file system has its own
             logger.info("checkpoints of %s are not listed: %s", folder, self._reason(error))
             return []
-        return [path.removeprefix(f"{self._root}/") for path in paths]
+        # A file in the place of the folder is found too, and is none of ours.
+        return [path.removeprefix(f"{self._root}/") for path in paths if path.startswith(f"{place}/")]
 
     def remove_folder(self, folder: str) -> None:
         """Remove a study's folder, if there is one, with all that is in it."""

@@ -9,6 +9,7 @@ value of, the reports of its trials are in a study of their own, `<study>/<conte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
@@ -36,6 +37,10 @@ REPORTS = "reports"
 """User attribute of a trial whose reports are in another study: the id of its trial there."""
 DIVERGED = "diverged"
 """The constraint that a diverged trial is beyond, so that samplers keep away from there."""
+
+
+class TrialLostError(Exception):
+    """A trial was finished by another worker while this one was about to begin it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Search:
             place: whose study is asked.
             ticket_id: written on the trial as it is created, so that no trial is ever without its ticket.
             fixed: Optuna parameters set in advance; the sampler is not asked.
+
+        Raises:
+            TrialLostError: another worker has adopted the ticket, and this trial was failed as a leftover meanwhile.
         """
         space = self._distributions[_contestant(place)]
         template = optuna.trial.create_trial(
@@ -120,8 +128,11 @@ class Search:
         return left
 
     def report(self, place: str, trial_id: int, epoch: int, value: float) -> None:
-        """Report the value at a rung of what the pruner judges."""
-        with self._reaching():
+        """Report the value at a rung of what the pruner judges.
+
+        A report on a finished trial is passed over: its ticket was adopted, and who reports has not noticed yet.
+        """
+        with self._reaching(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_intermediate_value(self._reporting(place, trial_id), epoch, value)
 
     def reported(self, place: str, trial_id: int) -> set[int]:
@@ -130,10 +141,11 @@ class Search:
             return set(self._storage.get_trial(self._reporting(place, trial_id)).intermediate_values)
 
     def should_prune(self, place: str, trial_id: int) -> bool:
-        """Whether the pruner stops the trial at its last report."""
-        with self._reaching():
+        """Whether the pruner stops the trial at its last report; not one that is finished."""
+        with self._reaching(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             study = self._study(self._reports_of(place))
             return bool(study.pruner.prune(study, self._storage.get_trial(self._reporting(place, trial_id))))
+        return False
 
     def tell(
         self, place: str, trial_id: int, outcome: str, value: float | None, second_value: float | None = None
@@ -199,10 +211,13 @@ class Search:
         )
         trial = optuna.Trial(study, trial_id)
         optimizer = _contestant(place)
-        params = {
-            name: _suggest_one(trial, name, distribution)
-            for name, distribution in self._distributions[optimizer].items()
-        }
+        try:
+            params = {
+                name: _suggest_one(trial, name, distribution)
+                for name, distribution in self._distributions[optimizer].items()
+            }
+        except optuna.exceptions.UpdateFinishedTrialError:
+            raise TrialLostError(f"trial {number} of {place} was ended by another worker") from None
         return AskedTrial(trial_id, number, settings(self.spec, optimizer, params))
 
     def _study(self, place: str) -> optuna.Study:
@@ -226,8 +241,9 @@ class Search:
             return
         if self._storage.get_trial(trial_id).state is TrialState.RUNNING:
             trial = optuna.Trial(study, trial_id)
-            if DIVERGED not in trial.constraints:
-                trial.set_constraint(DIVERGED, 1.0 if beyond else 0.0)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was told just now
+                if DIVERGED not in trial.constraints:
+                    trial.set_constraint(DIVERGED, 1.0 if beyond else 0.0)
 
     def _reports_of(self, place: str) -> str:
         """The place where the reports of a place's trials are."""

@@ -492,6 +492,13 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(store):
     assert same(store.load({1: [Reference(NEW, old.digest), old]})[1], slot(1.0))
 
 
+def test_a_file_in_the_place_of_a_studys_folder_is_none_of_its_files(store):
+    store.save(OLD, {1: slot(1.0)})
+    store.remove_folder(FOLDER)
+    Path(store.shown, FOLDER).write_text("in the way")
+    assert store.files(FOLDER) == []
+
+
 def test_a_store_that_fails_gives_way_with_one_warning(monkeypatch, caplog):
     store = CheckpointStore(f"memory://{uuid.uuid4().hex}")
     reference = store.save(NEW, {1: slot(1.0), 2: slot(2.0)})

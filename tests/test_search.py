@@ -14,7 +14,16 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from momentum_tuner.database import Database
-from momentum_tuner.search import TICKET, Search, delete_optuna_studies, design, make_pruner, make_sampler, study_name
+from momentum_tuner.search import (
+    TICKET,
+    Search,
+    TrialLostError,
+    delete_optuna_studies,
+    design,
+    make_pruner,
+    make_sampler,
+    study_name,
+)
 from momentum_tuner.space import distributions, params_of
 
 pytestmark = pytest.mark.filterwarnings("error::optuna.exceptions.ExperimentalWarning")
@@ -390,6 +399,36 @@ def test_leftovers_are_failed_and_nothing_else(sqlite_database, make_spec, searc
         (other.trial_id, TrialState.FAIL)
     ]
     assert one.fail_leftovers(tickets) == 0
+
+
+def test_who_lost_a_trial_that_was_ended_elsewhere_is_not_stopped_by_it(search, make_spec):
+    for sections in ({}, {"objective": ["valid_loss", "oscillation"]}):
+        spec = make_spec(space=SPACE, name=f"two-{len(sections)}", **sections)
+        zombie, heir = search(spec), search(spec)
+        trial = zombie.ask("nesterov", 1)
+        zombie.report("nesterov", trial.trial_id, 1, 0.5)
+        heir.tell("nesterov", trial.trial_id, "complete", 0.25, 0.5)
+        zombie.report("nesterov", trial.trial_id, 3, 0.125)
+        assert zombie.should_prune("nesterov", trial.trial_id) is False
+        zombie.tell("nesterov", trial.trial_id, "diverged", 9.0, 1.0)
+        told = zombie._storage.get_trial(trial.trial_id)
+        assert told.values == ([0.25] if not sections else [0.25, 0.5])
+        assert 3 not in told.intermediate_values
+        assert not told.constraints
+
+
+def test_a_trial_that_is_ended_while_it_is_asked_for_is_lost(search, make_spec, monkeypatch):
+    spec = make_spec(space=SPACE)
+    zombie, heir = search(spec), search(spec)
+    suggest = zombie._suggest
+
+    def late(place, trial_id):
+        assert heir.fail_leftovers({}) == 1
+        return suggest(place, trial_id)
+
+    monkeypatch.setattr(zombie, "_suggest", late)
+    with pytest.raises(TrialLostError, match="trial 0 of nesterov was ended by another worker"):
+        zombie.ask("nesterov", 1)
 
 
 # Telling

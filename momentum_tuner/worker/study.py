@@ -11,7 +11,7 @@ from momentum_tuner.database import Database
 from momentum_tuner.errors import MomentumTunerError, StorageError, describe_failure
 from momentum_tuner.faults import crash_point
 from momentum_tuner.metrics import EpochRecord, Target, TrialMeasures, objective_value, trial_measures
-from momentum_tuner.search import Search
+from momentum_tuner.search import Search, TrialLostError
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Loop, Task, check_objective
 from momentum_tuner.tickets import (
@@ -263,7 +263,11 @@ class StudyWorker:
         """Ask Optuna for the settings of claimed tickets, find where their trials go on, and admit them."""
         for held in self._in(Stage.CLAIMED):
             if held.claim.trial_id is None or held.claim.settings is None:
-                self._ask(held)
+                try:
+                    self._ask(held)
+                except TrialLostError as error:
+                    logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
+                    self._forget([held])
         claimed = self._in(Stage.CLAIMED)
         going_on = [h for h in claimed if h.claim.generation > 1 and not h.recorded]
         if going_on:

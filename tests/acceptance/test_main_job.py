@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import optuna
 import pytest
@@ -99,7 +100,7 @@ def test_pruned_trials_stopped_at_a_rung_and_complete_ones_ran_their_budget(fini
     engine.dispose()
 
 
-def test_mlflow_has_one_parent_and_192_children_none_running_with_rising_steps(finished):
+def test_mlflow_has_one_parent_and_192_children_of_the_search_none_running_with_rising_steps(finished):
     from mlflow import MlflowClient
 
     shell, _ = finished
@@ -109,11 +110,12 @@ def test_mlflow_has_one_parent_and_192_children_none_running_with_rising_steps(f
     parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
     assert len(parents) == 1
-    assert len(children) == 192
+    kinds = Counter(c.data.tags["kind"] for c in children)
+    assert kinds == {"search": 192, "reference": 64, "confirm": 40}
     assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parents[0].info.run_id}
     assert {r.info.status for r in runs} <= {"FINISHED", "KILLED"}
     assert parents[0].info.status == "FINISHED"
-    name = r"(sgd \d{4} lr=\S+|(momentum|nesterov) \d{4} lr=\S+ beta=\S+)"
+    name = r"((sgd|momentum_0\.9) (confirm )?\d{4} lr=\S+|(momentum|nesterov) (confirm )?\d{4} lr=\S+ beta=\S+)"
     assert all(re.fullmatch(name, c.info.run_name) for c in children)
     outcomes = {"complete": "FINISHED", "diverged": "FINISHED", "pruned": "KILLED"}
     for child in children[::16]:
@@ -138,7 +140,9 @@ def test_status_and_list_as_json(finished):
     assert status["workers"] == []
     (row,) = json.loads(shell.run("list", "--json"))
     assert row["study"] == "digits-mlp"
-    assert row["done"] == row["tickets"] == 192
+    assert row["done"] == row["tickets"] == 192 + 64 + 40
+    assert status["reference"] == {"tickets": 64, "done": 64, "running": 0}
+    assert status["confirm"] == {"tickets": 40, "done": 40, "running": 0}
 
 
 def test_a_changed_study_file_is_refused_naming_the_fields(finished, studies, tmp_path):
@@ -158,5 +162,5 @@ def test_mlflow_rebuilds_after_its_store_was_deleted(finished):
     client = MlflowClient(tracking_uri=again)
     experiment = client.get_experiment_by_name("digits-mlp")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    assert len(runs) == 193
+    assert len(runs) == 1 + 192 + 64 + 40
     assert not [r for r in runs if r.info.status == "RUNNING"]

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 @pytest.fixture
 def short_study(studies, tmp_path):
-    """digits-mlp with fewer epochs."""
-    text = (studies / "digits-mlp.yaml").read_text().replace("epochs: 20", "epochs: 4")
+    """digits-mlp with fewer epochs, confirmed on fewer seeds."""
+    text = (studies / "digits-mlp.yaml").read_text().replace("epochs: 20", "epochs: 4").replace("seeds: 10", "seeds: 3")
     path = tmp_path / "digits-mlp.yaml"
     path.write_text(text)
     return str(path)
@@ -47,7 +47,10 @@ def wait_for(shell, process, done: int) -> None:
 
 
 def exactly_64_of_each(shell) -> None:
-    assert trial_counts(shell) == {f"digits-mlp/{o}": 64 for o in ("sgd", "momentum", "nesterov")}
+    contestants = ("sgd", "momentum", "nesterov", "momentum_0.9")
+    assert trial_counts(shell) == {f"digits-mlp/{o}": 64 for o in contestants} | {
+        f"digits-mlp/{o}/confirm": 3 for o in contestants
+    }
     status = progress(shell)
     assert status["phase"] == "done"
     assert all(o["done"] == o["tickets"] == 64 and o["failed"] == 0 for o in status["optimizers"])
@@ -82,7 +85,7 @@ def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
     client = MlflowClient(tracking_uri=shell.tracking)
     experiment = client.get_experiment_by_name("digits-mlp")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    assert len(runs) == 193
+    assert len(runs) == 1 + 4 * 64 + 4 * 3
     assert {r.info.status for r in runs} <= {"FINISHED", "KILLED"}
 
 
@@ -113,7 +116,7 @@ def test_a_second_run_at_the_same_time_joins(shell, short_study):
     experiment = client.get_experiment_by_name("digits-mlp")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert len([r for r in runs if "mlflow.parentRunId" not in r.data.tags]) == 1
-    assert len(runs) == 193
+    assert len(runs) == 1 + 4 * 64 + 4 * 3
 
 
 def test_submit_then_a_worker_elsewhere_does_the_work(shell, studies):

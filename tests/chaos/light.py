@@ -36,6 +36,9 @@ class LightTrainer:
     def free(self) -> int:
         return self.width - len(self._trials)
 
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return 1
+
     def slot_number(self, key: Hashable) -> int:
         return self.keys.index(key)
 
