@@ -59,6 +59,9 @@ class Trainer:
         mode: `auto`, `fused` or `sequential` (one slot after the other).
     """
 
+    whole_epochs = False
+    """Whether a trial is saved only as it was at the end of an epoch."""
+
     def __init__(
         self,
         task: Task,

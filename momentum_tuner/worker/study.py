@@ -14,7 +14,7 @@ from momentum_tuner.faults import crash_point
 from momentum_tuner.metrics import Target, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search, TrialLostError
 from momentum_tuner.spec import StudySpec
-from momentum_tuner.tasks import Task, check_objective
+from momentum_tuner.tasks import Loop, Task, check_objective
 from momentum_tuner.tickets import (
     Result,
     StudyRecord,
@@ -31,7 +31,7 @@ from momentum_tuner.tickets import (
     set_trials,
     with_trial,
 )
-from momentum_tuner.trainer import ScheduleSettings, SlotsOutOfMemoryError, SlotState, Trainer
+from momentum_tuner.trainer import AbandonedError, ScheduleSettings, SlotsOutOfMemoryError, SlotState, trainer_of
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
 from momentum_tuner.worker.results import flat_measures, rung_value, trial_settings
@@ -65,7 +65,7 @@ class StudyWorker:
         database: Database,
         worker_id: str,
         study: StudyRecord,
-        task: Task,
+        task: Task | Loop,
         options: WorkerOptions,
         stop: StopSignal,
         link: Link | None = None,
@@ -85,13 +85,14 @@ class StudyWorker:
         for aim in self.spec.objective.aims:
             check_objective(aim.metric, task)
         schedule = self.spec.schedule
-        self.trainer = Trainer(
+        self.trainer = trainer_of(
             task,
             epochs=self.spec.budget.epochs,
             slots=options.slots,
             device=options.device,
             precision=self.spec.precision,
             schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
+            stopping=lambda: self.stop.asked,
         )
         if options.slots is None:
             self.trainer.width = max(1, self.trainer.width // options.sharing)
@@ -139,7 +140,7 @@ class StudyWorker:
             self._record()
             self._judge()
             self._finish()
-            self.saver.note(self.held)
+            self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
             self._claim()
             self._finish()
@@ -314,6 +315,8 @@ class StudyWorker:
                 return
             held.stage = Stage.RETURNING
             self._halve(error)
+        except AbandonedError:
+            return  # the worker stops, and gives its ticket back
         except MomentumTunerError:
             raise
         except Exception as error:
