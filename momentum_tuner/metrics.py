@@ -143,6 +143,16 @@ def divergence_limit(initial_loss: float) -> float:
     return initial_loss + (DIVERGENCE_FACTOR - 1.0) * abs(initial_loss)
 
 
+def stability_bound(beta: float, nesterov: bool) -> float:
+    """Largest learning rate times curvature at which a quadratic does not diverge (Cohen et al. 2021).
+
+    It is 2(1 + beta) for momentum as torch.optim has it, 2 for plain SGD (beta = 0), and 2(1 + beta)/(1 + 2 beta) for
+    Nesterov momentum.
+    """
+    bound = 2.0 * (1.0 + beta)
+    return bound / (1.0 + 2.0 * beta) if nesterov else bound
+
+
 def mean_or_none(values: Array) -> float | None:
     """Arithmetic mean of `[n]` values; None if there are none or it is not finite."""
     return finite(float(values.mean())) if values.size else None

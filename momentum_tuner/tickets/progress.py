@@ -149,18 +149,24 @@ def study_progress(database: Database, study: StudyRecord) -> StudyProgress:
     return StudyProgress(study.name, phase, optimizers, workers)
 
 
-def best_settings(database: Database, study: StudyRecord) -> list[BestSetting]:
-    """The best completed search trial of each optimizer, best first; ties go to the earlier trial."""
+def best_settings(database: Database, study: StudyRecord, *, contestants: bool = False) -> list[BestSetting]:
+    """The best completed search trial of each optimizer, best first; ties go to the earlier trial.
+
+    Args:
+        database: the tickets.
+        study: whose.
+        contestants: whether the reference is among them where the study does not name it, from a search of its own.
+    """
     maximize = study.spec.objective.direction == "maximize"
     found: list[BestSetting] = []
     with database.read() as session:
-        for optimizer in study.spec.optimizers:
+        for optimizer in study.spec.contestants if contestants else study.spec.optimizers:
             row = session.scalars(
                 sa.select(Ticket)
                 .where(
                     Ticket.study_id == study.id,
                     Ticket.optimizer == optimizer,
-                    Ticket.kind == "search",
+                    Ticket.kind == ("search" if optimizer in study.spec.optimizers else "reference"),
                     Ticket.outcome == "complete",
                     Ticket.state == "done",
                     Ticket.value.is_not(None),
