@@ -18,6 +18,7 @@ COMMANDS = {
     "status": "momentum_tuner.cli.look:status",
     "list": "momentum_tuner.cli.look:list_command",
     "best": "momentum_tuner.cli.look:best",
+    "compare": "momentum_tuner.cli.compare:compare",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
@@ -62,6 +63,7 @@ def cli() -> None:
     \b
     momentum-tuner run studies/digits-mlp.yaml     tune on real images, about a minute
     momentum-tuner best digits-mlp --format torch  the line to paste into your script
+    momentum-tuner compare digits-mlp              which is faster, and how sure that is
     momentum-tuner ui                              every run in MLflow
     """
 

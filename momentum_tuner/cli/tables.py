@@ -36,7 +36,7 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
     counts = {o.optimizer: o for o in progress.optimizers}
     metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
     outcomes = _outcomes(progress)
-    table = _table(f"{progress.study}: best setting of each optimizer")
+    table = plain_table(f"{progress.study}: best setting of each optimizer")
     table.add_column("optimizer", no_wrap=True)
     for name in ("learning rate", "momentum", "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
         table.add_column(name, justify="right")
@@ -53,8 +53,8 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
             row += [
                 f"{found.settings['learning_rate']:.4g}",
                 "-" if momentum is None else short_momentum(momentum),
-                _number(found.measures.get("best_valid_loss")),
-                *(_number(found.measures.get(m)) for m in metrics),
+                number(found.measures.get("best_valid_loss")),
+                *(number(found.measures.get(m)) for m in metrics),
                 str(found.trial),
             ]
         row += [str(getattr(count, name)) for name in outcomes]
@@ -65,7 +65,7 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
 def progress_table(progress: StudyProgress) -> Table:
     """How far each optimizer is; it fits 80 columns."""
     names = ["running", *_outcomes(progress)]
-    table = _table(f"{progress.study}: {progress.phase}")
+    table = plain_table(f"{progress.study}: {progress.phase}")
     table.add_column("optimizer", no_wrap=True)
     for name in ("done", *names):
         table.add_column(name, justify="right", no_wrap=True)
@@ -76,7 +76,7 @@ def progress_table(progress: StudyProgress) -> Table:
             o.optimizer,
             f"{o.done}/{o.tickets}",
             *(str(getattr(o, name)) for name in names),
-            _number(o.best),
+            number(o.best),
             setting_text(o.best_setting or {}),
         )
     return table
@@ -84,7 +84,7 @@ def progress_table(progress: StudyProgress) -> Table:
 
 def workers_table(progress: StudyProgress) -> Table:
     """Who works on the study."""
-    table = _table("workers")
+    table = plain_table("workers")
     for name in ("worker", "node", "device", "slots", "state", "heartbeat"):
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
@@ -94,7 +94,7 @@ def workers_table(progress: StudyProgress) -> Table:
 
 def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
     """All studies of a database."""
-    table = _table("studies")
+    table = plain_table("studies")
     table.add_column("study")
     table.add_column("phase")
     table.add_column("done", justify="right")
@@ -117,10 +117,11 @@ def _outcomes(progress: StudyProgress) -> list[str]:
     return [*names, "failed"] if any(o.failed for o in progress.optimizers) else names
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     """A table without frame, narrow enough for 80 columns."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """To 4 significant digits; `-` if it is missing."""
     return "-" if value is None else f"{value:.4g}"

@@ -118,6 +118,7 @@ def _on_the_race(spec: StudySpec, raced: Mapping[str, Raced]) -> Iterator[str]:
         yield "the untrained model of some seed reaches the target already: it says nothing of speed"
     reference = raced.get(spec.reference or "")
     if spec.target == "auto" and reference is not None:
+        yield f"the target is the median over seeds of the best that {reference.optimizer} reaches, and 5% beyond"
         missed = sum(steps is None for steps in reference.steps.values())
         if missed > _FEW_MISSES * len(reference.steps):
             yield (

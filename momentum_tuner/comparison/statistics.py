@@ -142,7 +142,8 @@ def mean_interval(differences: Array, least: float, most: float) -> Interval:
         method="percentile",
         rng=np.random.default_rng(SEED),
     ).confidence_interval
-    stretch = math.sqrt(n / (n - 1)) * stats.t.isf(SIGNIFICANCE / 2, n - 1) / stats.norm.isf(SIGNIFICANCE / 2)
+    quantiles = float(stats.t.isf(SIGNIFICANCE / 2, n - 1) / stats.norm.isf(SIGNIFICANCE / 2))
+    stretch = math.sqrt(n / (n - 1)) * quantiles
     low = max(value - stretch * (value - float(found.low)), least)
     high = min(value + stretch * (float(found.high) - value), most)
     if n >= LEAST_FOR_P and not low <= 0.0 <= high and sign_flip_p(differences) > SIGNIFICANCE:
@@ -206,5 +207,7 @@ def smallest_difference(differences: Array) -> float | None:
     n = len(differences)
     if n < 2:
         return None
+    if np.ptp(differences) == 0.0:
+        return 0.0
     quantiles = stats.t.isf(SIGNIFICANCE / 2, n - 1) + stats.t.isf(1.0 - POWER, n - 1)
     return float(quantiles * differences.std(ddof=1) / math.sqrt(n))
