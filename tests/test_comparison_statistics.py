@@ -59,8 +59,8 @@ DIGITS_MLP = {
 Measured with `momentum_tuner.trainer.Trainer` on seeds 1000 to 1039, at the settings that its search had found
 (momentum: lr 0.362784, beta 0.752003; momentum_0.9: lr 0.164676, the best of 20 on a grid at seed 0), against the
 target 0.11275: the median best validation loss of momentum_0.9 and 5% more. The logs of those that reach it spread by
-0.23 and 0.39 (standard deviation); with the misses at twice the budget by 0.64 and 0.77, and the log ratios of two
-such trials by 0.9 and 1.1.
+0.23 and 0.39 (standard deviation); with the misses at twice the budget by 0.69 and 0.77, and the log ratios of two
+such trials by 0.97 and 1.09.
 """
 
 
@@ -257,6 +257,13 @@ def test_the_smallest_ratio_shrinks_with_the_spread_and_grows_with_seeds():
     assert one == pytest.approx((stats.t.ppf(0.975, 9) + stats.t.ppf(0.8, 9)) * 0.1 * math.sqrt(10 / 9) / math.sqrt(10))
     assert smallest_difference(np.array([-0.2, 0.2] * 5)) == pytest.approx(2 * one)
     assert smallest_difference(np.array([-0.1, 0.1] * 10)) < one / math.sqrt(2)
+
+
+def test_a_seed_that_both_miss_is_a_tie_also_where_their_budgets_differ():
+    found = speed_ratio(np.array([920.0, 100.0]), np.array([1840.0, 200.0]), (460, 920))
+    assert found.ratio == pytest.approx(math.sqrt(1.0 * 0.5))
+    nobody = speed_ratio(np.full(10, 920.0), np.full(10, 1840.0), (460, 920))
+    assert (nobody.ratio, nobody.low, nobody.high, nobody.p, nobody.smallest) == (1.0, 1.0, 1.0, 1.0, None)
 
 
 def test_rounding_between_equal_trials_is_no_difference():

@@ -13,15 +13,18 @@ from momentum_tuner.tracking.runs import short_momentum
 
 PROFILE_TAUS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 
-_STABILITY: tuple[tuple[str, Callable[[Contestant], float | None]], ...] = (
+_Measure = tuple[str, Callable[[Contestant], float | None]]
+_STABILITY: tuple[_Measure, ...] = (
     ("oscil-\nlation", lambda c: c.oscillation),
     ("spikes", lambda c: c.spikes),
-    ("grad\nratio", lambda c: c.layer_grad_ratio),
+    ("gradient\nratio", lambda c: c.layer_grad_ratio),
     ("sharp-\nness", lambda c: c.sharpness),
-    ("margin", lambda c: c.stability_margin),
+    ("stability\nmargin", lambda c: c.stability_margin),
     ("seed\nstd", lambda c: c.seed_std),
-    ("stable\nwidth", lambda c: c.stable_width),
-    ("lr sen-\nsitivity", lambda c: c.lr_sensitivity),
+)
+_LANDSCAPE: tuple[_Measure, ...] = (
+    ("stable width, decades", lambda c: c.stable_width),
+    ("learning-rate sensitivity", lambda c: c.lr_sensitivity),
 )
 
 
@@ -30,10 +33,12 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     print_contestants(out, comparison)
     if comparison.pairs:
         out.print(pairs_table(comparison.pairs))
-    if comparison.optimizers:
-        out.print(stability_table(comparison.optimizers))
+    if any(c.seeds for c in comparison.optimizers):
+        out.print(_measures_table("stability, means over the seeds", comparison.optimizers, _STABILITY))
     if comparison.pairs:
         out.print(differences_table(comparison.pairs))
+    if any(of(c) is not None for c in comparison.optimizers for _, of in _LANDSCAPE):
+        out.print(_measures_table("how much the learning rate matters", comparison.optimizers, _LANDSCAPE))
     _print_notes(out, comparison)
 
 
@@ -62,10 +67,13 @@ def contestants_table(comparison: Comparison) -> Table:
     """Each contestant's setting, and how soon and how often it reached the target."""
     table = plain_table(f"{comparison.study}: best settings, the fastest first")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("learning\nrate", "momentum", "steps to\ntarget", "missed", "diverged", "best\nvalid loss", "seeds"):
+    for name in ("learning\nrate", "momentum", "steps to\ntarget", "missed", "diverged", "best\nloss"):
         table.add_column(name, justify="right")
+    uneven = any(c.seeds != comparison.budget["seeds"] for c in comparison.optimizers)
+    if uneven:
+        table.add_column("seeds", justify="right")
     for c in comparison.optimizers:
-        table.add_row(
+        row = [
             c.optimizer,
             f"{c.learning_rate:.4g}",
             "-" if c.momentum is None else short_momentum(c.momentum),
@@ -73,8 +81,8 @@ def contestants_table(comparison: Comparison) -> Table:
             _percent(c.miss_rate),
             _percent(c.divergence_rate),
             number(c.best_valid_loss),
-            str(c.seeds),
-        )
+        ]
+        table.add_row(*row, *([str(c.seeds)] if uneven else []))
     return table
 
 
@@ -88,18 +96,6 @@ def pairs_table(pairs: Sequence[Pair]) -> Table:
     for pair in pairs:
         interval = f"{pair.low:.3g} to {pair.high:.3g}"
         table.add_row(_names(pair), f"{pair.speed_ratio:.3g}", interval, f"{pair.p:.2g}", pair.verdict)
-    return table
-
-
-def stability_table(contestants: Sequence[Contestant]) -> Table:
-    """How stably each trains, and how wide its good learning rates lie; without the measures that nobody has."""
-    table = plain_table("stability")
-    table.add_column("optimizer", no_wrap=True)
-    measured = [(name, of) for name, of in _STABILITY if any(of(c) is not None for c in contestants)]
-    for name, _ in measured:
-        table.add_column(name, justify="right")
-    for c in contestants:
-        table.add_row(c.optimizer, *(_short(of(c)) for _, of in measured))
     return table
 
 
@@ -131,6 +127,18 @@ def profile_table(profile: Profile) -> Table:
     for line in profile.lines:
         shares = [_percent(line.shares[index]) for index in columns]
         table.add_row(line.optimizer, str(line.studies), *shares, f"{line.score:.2f}")
+    return table
+
+
+def _measures_table(title: str, contestants: Sequence[Contestant], measures: Sequence[_Measure]) -> Table:
+    """Measures of each contestant, without those that nobody has."""
+    table = plain_table(title)
+    table.add_column("optimizer", no_wrap=True)
+    measured = [(name, of) for name, of in measures if any(of(c) is not None for c in contestants)]
+    for name, _ in measured:
+        table.add_column(name, justify="right")
+    for c in contestants:
+        table.add_row(c.optimizer, *(_short(of(c)) for _, of in measured))
     return table
 
 

@@ -14,6 +14,7 @@ from momentum_tuner.comparison.outcome import Comparison, Contestant, plain_valu
 LARGEST_TAU = 4.0
 _TAUS = 61
 _MOST_MISSES = 0.5
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def performance_profile(comparisons: Sequence[Comparison]) -> Profile:
             optimizer=optimizer,
             studies=len(found),
             factors=found,
-            shares=tuple(float(np.mean([f <= tau for f in found.values()])) for tau in taus),
+            shares=tuple(float(np.mean([f <= tau * (1.0 + _ROUNDING) for f in found.values()])) for tau in taus),
             score=float(np.mean([max(0.0, LARGEST_TAU - f) for f in found.values()])) / (LARGEST_TAU - 1.0),
         )
         for optimizer, found in factors.items()

@@ -72,19 +72,19 @@ def geometric_mean(values: Array) -> float:
 
 
 def speed_ratio(a: Array, b: Array, budget_steps: tuple[int, int]) -> SpeedRatio:
-    """Compare two contestants' steps to target, seed by seed.
+    """Compare two contestants' steps to target, seed by seed; a seed that both miss is a tie, whatever their budgets.
 
     Args:
         a: `[seeds]` of `counted_steps`, at least one.
         b: the same seeds of the other contestant.
         budget_steps: the budgets of the two; no ratio can be outside what they allow.
     """
+    neither = (a >= 2.0 * budget_steps[0]) & (b >= 2.0 * budget_steps[1])
     logs = np.log(a) - np.log(b)
-    logs[np.abs(logs) < _ROUNDING] = 0.0
+    logs[neither | (np.abs(logs) < _ROUNDING)] = 0.0
     least, most = -math.log(2.0 * budget_steps[1]), math.log(2.0 * budget_steps[0])
     interval = mean_interval(logs, least, most)
-    nobody = bool((a >= 2.0 * budget_steps[0]).all() and (b >= 2.0 * budget_steps[1]).all())
-    smallest = None if nobody else smallest_difference(logs)
+    smallest = None if neither.all() else smallest_difference(logs)
     return SpeedRatio(
         ratio=math.exp(interval.value),
         low=math.exp(interval.low),
