@@ -52,6 +52,12 @@ def test_a_worse_trial_in_between_ends_the_width():
     assert stable_width(trials, False) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_learning_rates_the_better_counts(order):
+    trials = [trial(0.1, 1.0), trial(1.0, 1.5, 0.91), trial(1.0, 1.02, 0.9), trial(0.1, 1.2, 0.91)]
+    assert stable_width(trials[::order], False) == pytest.approx(1.0)
+
+
 def test_only_trials_at_the_best_momentum_count():
     trials = [trial(0.1, 1.0, 0.9), trial(0.3, 1.01, 0.86), trial(1.0, 1.01, 0.84), trial(0.01, 1.01, 0.94)]
     assert stable_width(trials, False) == pytest.approx(math.log10(3)), "1 - momentum within a factor of 1.5"

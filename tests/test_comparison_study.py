@@ -75,6 +75,7 @@ def test_contestants_and_their_pair_are_compared_as_by_hand(make_study, database
     assert pair.speed_ratio == pytest.approx(geometric_mean(ratios))
     assert pair.p == pytest.approx(4 / 16), "three seeds of one sign, one tie: as extreme are 2 x 2 of 16 flips"
     assert pair.low < pair.speed_ratio < pair.high
+    assert found.notes == ("with fewer than 6 seeds no p can be below 0.05",)
 
 
 def test_measures_are_means_over_seeds(make_study):
