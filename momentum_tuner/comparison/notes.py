@@ -109,7 +109,7 @@ def _on_the_confirmation(spec: StudySpec, confirmed: Mapping[str, Confirmation])
     for optimizer, confirmation in confirmed.items():
         if confirmation.failed:
             yield f"{optimizer}: {confirmation.failed} of its {seeds} confirmation trials failed, and are left out"
-    if 0 < seeds < LEAST_FOR_P:
+    if seeds < LEAST_FOR_P:
         yield f"with fewer than {LEAST_FOR_P} seeds no p can be below 0.05"
 
 
@@ -126,6 +126,6 @@ def _on_the_race(spec: StudySpec, raced: Mapping[str, Raced]) -> Iterator[str]:
                 "reaches differs by more than the target's 5%"
             )
     for optimizer, r in raced.items():
-        results = {(r.steps[seed], t.measures.get("final_valid_loss")) for seed, t in r.trials.items()}
+        results = {(r.steps[seed], t.value) for seed, t in r.trials.items()}
         if len(r.trials) > 1 and len(results) == 1:
             yield f"{optimizer}: all seeds gave the same result, so they count as no more than one"
