@@ -180,9 +180,9 @@ LANES, ROUNDS, BISECTING = 12, 4, 12
 
 @pytest.fixture(scope="module")
 def measured_edges():
-    """By optimizer and momentum, the learning rate at which training on a quadratic begins to grow, and a neighbour's.
+    """A quadratic; by optimizer and momentum, a learning rate at which training on it shrinks, and the next that grows.
 
-    Every round trains a grid of rates, all fused, and goes on between the last one that shrinks and the first that grows.
+    Every round trains a grid of rates, all fused, and goes on between the last that shrinks and the first that grows.
     """
     task = quadratic(dim=6, kappa=30, smallest=0.2, start="random", steps_per_epoch=50)
     edges = {key: (1e-3, 10.0) for key in PREDICTED}
