@@ -42,6 +42,14 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     _print_notes(out, comparison)
 
 
+def print_verdict(out: Console, comparison: Comparison) -> None:
+    """Who is faster, and how sure that is: what a run ends in."""
+    print_contestants(out, comparison)
+    if comparison.pairs:
+        out.print(pairs_table(comparison.pairs))
+    _print_notes(out, comparison)
+
+
 def print_comparisons(out: Console, comparisons: Sequence[Comparison], profile: Profile) -> None:
     """Several studies: each one's contestants, and how the contestants do over all of them."""
     for comparison in comparisons:
