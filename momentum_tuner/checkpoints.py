@@ -212,7 +212,8 @@ class CheckpointStore:
         except Exception as error:  # each file system has its own
             logger.info("checkpoints of %s are not listed: %s", folder, self._reason(error))
             return []
-        return [path.removeprefix(f"{self._root}/") for path in paths]
+        names = [path.removeprefix(f"{self._root}/") for path in paths]
+        return [name for name in names if name.startswith(f"{folder}/")]  # a file in the folder's place is none of ours
 
     def remove_folder(self, folder: str) -> None:
         """Remove a study's folder, if there is one, with all that is in it."""
