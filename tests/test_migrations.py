@@ -9,12 +9,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from momentum_tuner.database import Base, Database, Study, migrate
+from momentum_tuner.database import Base, Database, Study, Ticket, migrate
 from momentum_tuner.database.migrate import CURRENT, VERSION_TABLE
 from momentum_tuner.errors import StorageError
 from momentum_tuner.search import open_storage
 
-OURS = {"tuner_studies", "tickets", "epochs", "workers", "calibrations"}
+OURS = {"tuner_studies", "tickets", "epochs", "workers", "loads", "calibrations"}
 
 
 @pytest.fixture
@@ -84,7 +84,30 @@ def test_the_comparison_with_the_models_sees_a_difference(empty):
 def test_the_current_version_is_the_newest_migration():
     script = ScriptDirectory.from_config(alembic(None))  # type: ignore[arg-type]
     assert script.get_heads() == [CURRENT]
-    assert [revision.revision for revision in script.walk_revisions()] == ["0001"]
+    assert [revision.revision for revision in script.walk_revisions()] == ["0002", "0001"]
+
+
+def test_a_database_of_the_first_version_keeps_its_rows_when_it_is_brought_up_to_date(empty):
+    with empty.write() as session:
+        command.upgrade(alembic(session.connection()), "0001")
+        session.execute(
+            sa.text(
+                "INSERT INTO tuner_studies (id, name, spec, spec_hash, phase, created_at)"
+                " VALUES (7, 's', '{}', '', 'done', 1)"
+            )
+        )
+        session.execute(
+            sa.text(
+                "INSERT INTO tickets (id, study_id, optimizer, kind, position, queue_order, seed, state, generation,"
+                " attempts, published_epoch, reason) VALUES (3, 7, 'sgd', 'search', 0, 0, 0, 'done', 1, 1, 4, 'why')"
+            )
+        )
+    migrate(empty)
+    assert differences_from_the_models(empty) == []
+    with empty.read() as session:
+        study, ticket = session.get_one(Study, 7), session.get_one(Ticket, 3)
+        assert (study.name, study.phase, study.parent_trials, study.data) == ("s", "done", 0, None)
+        assert (ticket.published_epoch, ticket.reason, ticket.traceback) == (4, "why", None)
 
 
 def test_migrating_twice_is_harmless(empty):

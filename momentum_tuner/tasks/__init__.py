@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from momentum_tuner.tasks.content import describe_data
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
     from momentum_tuner.tasks.loader import load_task, trust_of
@@ -21,6 +22,7 @@ __all__ = [
     "Task",
     "check_objective",
     "check_task",
+    "describe_data",
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
@@ -48,6 +50,7 @@ _EXPORTS = {
     "Task": "momentum_tuner.tasks.task:Task",
     "check_objective": "momentum_tuner.tasks.task:check_objective",
     "check_task": "momentum_tuner.tasks.task:check_task",
+    "describe_data": "momentum_tuner.tasks.content:describe_data",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }

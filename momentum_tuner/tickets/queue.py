@@ -65,12 +65,14 @@ class Result:
         value: the objective's value, None for failed trials.
         measures: final measures for people to see.
         reason: why it failed.
+        traceback: where, without secrets.
     """
 
     outcome: str
     value: float | None = None
     measures: Mapping[str, Any] | None = None
     reason: str | None = None
+    traceback: str | None = None
 
 
 def claim(
@@ -198,7 +200,7 @@ def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) ->
             row = held[kept_claim.ticket_id]
             row.state, row.outcome = "finishing", result.outcome
             row.value = result.value if result.value is not None and math.isfinite(result.value) else None
-            row.reason = result.reason.replace("\0", "") if result.reason is not None else None  # PostgreSQL refuses it
+            row.reason, row.traceback = _storable(result.reason), _storable(result.traceback)
             row.measures = dict(result.measures) if result.measures is not None else None
         return kept
 
@@ -269,6 +271,11 @@ def noted_trials(database: Database, study_id: int) -> dict[int, tuple[int | Non
 def epoch_record(row: Epoch) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
+
+
+def _storable(text: str | None) -> str | None:
+    """A text without null characters, which PostgreSQL refuses."""
+    return None if text is None else text.replace("\0", "")
 
 
 def _claimable(worker_id: str, silent_since: float) -> sa.ColumnElement[bool]:

@@ -106,6 +106,17 @@ def finish_study(database: Database, study_id: int) -> bool:
         return True
 
 
+def note_data(database: Database, study_id: int, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Note what a study's trials learn from, unless it is noted; returns what is noted."""
+    with database.write() as session:
+        row = session.scalars(sa.select(Study).where(Study.id == study_id).with_for_update()).one_or_none()
+        if row is None:
+            return data
+        if row.data is None:
+            row.data = dict(data)
+        return row.data
+
+
 def delete_study(database: Database, study_id: int) -> None:
     """Remove a study with its tickets and records (Optuna's studies and MLflow's runs are not ours to touch here)."""
     with database.write() as session:
