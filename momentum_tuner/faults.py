@@ -20,6 +20,7 @@ CRASH_POINTS = (
     "fenced",  # the result is in the ticket, Optuna is not told
     "told",  # Optuna is told, the ticket is not done
     "done",  # the ticket is done
+    "opened",  # the search is complete, and the confirmation has its tickets
 )
 
 

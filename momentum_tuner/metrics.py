@@ -170,7 +170,10 @@ def summarize_steps(table: StepTable, slot: int, steps: int) -> dict[str, float 
 
 @dataclass(frozen=True)
 class TrialMeasures:
-    """The measures of one trial, derived from its epoch records (METRICS.md, "Of one trial")."""
+    """The measures of one trial, derived from its epoch records (METRICS.md, "Of one trial").
+
+    `sharpness` and `stability_margin` are measured at the end of a trial that ran its budget, and added then.
+    """
 
     best_valid_loss: float | None
     final_valid_loss: float | None
@@ -179,6 +182,7 @@ class TrialMeasures:
     diverged: bool
     diverged_at_step: int | None
     contraction: float | None
+    steps_to_target: float | None
     oscillation: float | None
     spikes: int
     layer_grad_ratio: float | None
@@ -189,9 +193,20 @@ class TrialMeasures:
     epochs: int
     steps: int
     seconds: float
+    sharpness: float | None = None
+    stability_margin: float | None = None
 
 
-def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialMeasures:
+@dataclass(frozen=True)
+class Target:
+    """The value that a measure of the validation set has to reach."""
+
+    value: float
+    metric: str = "valid_loss"
+    maximize: bool = False
+
+
+def trial_measures(records: Sequence[EpochRecord], budget_epochs: int, target: Target | None = None) -> TrialMeasures:
     """Derive a trial's measures from its records in order, the untrained epoch 0 first.
 
     A diverged trial's missing epochs count as its initial loss in `mean_valid_loss`; a trial that was pruned
@@ -223,6 +238,7 @@ def trial_measures(records: Sequence[EpochRecord], budget_epochs: int) -> TrialM
         diverged=diverged,
         diverged_at_step=last.diverged_at_step,
         contraction=None if diverged else contraction(records),
+        steps_to_target=steps_to_target(records, target.value, target.metric, target.maximize) if target else None,
         oscillation=sum(o * n for o, n in waves) / counted if counted else None,
         spikes=sum(r.spikes or 0 for r in trained),
         layer_grad_ratio=mean_or_none(
@@ -283,20 +299,37 @@ def steps_to_target(
     return None
 
 
-def objective_value(measures: TrialMeasures, metric: str) -> float | None:
-    """The value Optuna is told for a trial that ran its budget or diverged.
+MISS_FACTOR = 2.0
+"""A trial that never reaches the target counts as one that needs this many times its budget."""
+
+
+def objective_value(measures: TrialMeasures, metric: str, budget_steps: int) -> float | None:
+    """The value Optuna is told for a trial that ran its budget or diverged; None if there is none.
 
     `valid_loss` means the best over the epochs, any other `valid_<metric>` its value at that epoch. A diverged trial
     is worth what the untrained model was, so that the sampler learns from it and no ranking rewards it; its
-    contraction is 1.
+    contraction and its oscillation are 1, it spikes at every step and never reaches a target. What has no upper bound
+    (sharpness, the ratio of gradients) is missing then.
+
+    Args:
+        measures: of the trial.
+        metric: an objective of a study file.
+        budget_steps: optimizer steps of a whole trial.
     """
-    if metric in {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"}:
-        if measures.diverged:
+    if metric == "steps_to_target":
+        missed = measures.diverged or measures.steps_to_target is None
+        return MISS_FACTOR * budget_steps if missed else measures.steps_to_target
+    if measures.diverged:
+        at_worst = {"contraction": 1.0, "oscillation": 1.0, "spikes": float(budget_steps)}
+        if metric in _LOSSES:
             return measures.initial_valid_loss
-        name = "best_valid_loss" if metric == "valid_loss" else metric
+        return at_worst.get(metric, measures.initial_metrics.get(metric.removeprefix("valid_")))
+    name = "best_valid_loss" if metric == "valid_loss" else metric
+    if name in _MEASURES:
         value: float | None = getattr(measures, name)
         return value
-    if metric == "contraction":
-        return 1.0 if measures.diverged else measures.contraction
-    found = measures.initial_metrics if measures.diverged else measures.best_metrics
-    return found.get(metric.removeprefix("valid_"))
+    return measures.best_metrics.get(metric.removeprefix("valid_"))
+
+
+_MEASURES = frozenset(f.name for f in fields(TrialMeasures))
+_LOSSES = frozenset({"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"})

@@ -1,7 +1,10 @@
 """Optuna decides: which settings to try (sampler), which trials to stop (pruner). Nothing else of it is used.
 
-Each optimizer of a study has its own Optuna study `<study>/<optimizer>` in the same database, so that Optuna's own
-client and dashboard read it.
+Each contestant of a study has its own Optuna study `<study>/<contestant>` in the same database, so that Optuna's own
+client and dashboard read it, and a second one for its confirmation, `<study>/<contestant>/confirm`.
+
+Optuna prunes by the one value that a study is about. Where a study has two aims, or one that a running trial has no
+value of, the reports of its trials are in a study of their own, `<study>/<contestant>/rungs`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 TICKET = "ticket"
 """User attribute of every Optuna trial: the ticket it belongs to."""
+REPORTS = "reports"
+"""User attribute of a trial whose reports are in another study: the id of its trial there."""
+DIVERGED = "diverged"
+"""The constraint that a diverged trial is beyond, so that samplers keep away from there."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class AskedTrial:
 
 
 class Search:
-    """The Optuna studies of one study, one for each optimizer.
+    """The Optuna studies of one study. A place is one of them: a contestant, or `<contestant>/confirm`.
 
     Every method raises `StorageError` where the database does not answer; each can be called again then.
 
@@ -55,21 +62,25 @@ class Search:
         self.spec = spec
         self._database = database
         self._worker_seed = worker_seed
+        self._aims = [aim.direction for aim in spec.objective.aims]
+        self._reports_apart = spec.objective.at_rungs is not spec.objective
+        self._studies: dict[str, optuna.Study] = {}
         with self._reaching():
             self._backend = open_storage(database)
             self._storage = optuna.storages.get_storage(self._backend)  # finished trials are kept in memory
-            self._studies = {optimizer: self._open(optimizer) for optimizer in spec.optimizers}
-        self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.optimizers}
+            for optimizer in spec.optimizers:
+                self._study(optimizer)
+        self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.contestants}
 
-    def ask(self, optimizer: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
+    def ask(self, place: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
         """A new trial for a ticket.
 
         Args:
-            optimizer: whose study is asked.
+            place: whose study is asked.
             ticket_id: written on the trial as it is created, so that no trial is ever without its ticket.
             fixed: Optuna parameters set in advance; the sampler is not asked.
         """
-        space = self._distributions[optimizer]
+        space = self._distributions[_contestant(place)]
         template = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(fixed or {}),
@@ -77,16 +88,16 @@ class Search:
             user_attrs={TICKET: ticket_id},
         )
         with self._reaching():
-            trial_id = self._storage.create_new_trial(self._study_id(optimizer), template)
+            trial_id = self._storage.create_new_trial(self._study(place)._study_id, template)
             crash_point("asking")
-            return self._suggest(optimizer, trial_id)
+            return self._suggest(place, trial_id)
 
-    def recall(self, optimizer: str, ticket_id: int) -> AskedTrial | None:
+    def recall(self, place: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
         with self._reaching():
-            for frozen in self._running(optimizer):
+            for frozen in self._running(place):
                 if frozen.user_attrs.get(TICKET) == ticket_id:
-                    return self._suggest(optimizer, frozen._trial_id)
+                    return self._suggest(place, frozen._trial_id)
         return None
 
     def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
@@ -98,48 +109,56 @@ class Search:
             noted: for each ticket the trial that is noted on it, and whether it is done.
         """
         left = 0
-        for optimizer in self.spec.optimizers:
+        for place in self._places():
             with self._reaching():
-                running = self._running(optimizer)
+                running = self._running(place)
             for frozen in running:
                 trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
                 if done or trial_id not in (None, frozen._trial_id):
-                    self.tell(optimizer, frozen._trial_id, "failed", None)
+                    self.tell(place, frozen._trial_id, "failed", None)
                     left += 1
         return left
 
-    def report(self, optimizer: str, trial_id: int, epoch: int, value: float) -> None:
-        """Report the objective's value at a rung."""
+    def report(self, place: str, trial_id: int, epoch: int, value: float) -> None:
+        """Report the value at a rung of what the pruner judges."""
         with self._reaching():
-            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+            self._storage.set_trial_intermediate_value(self._reporting(place, trial_id), epoch, value)
 
-    def reported(self, trial_id: int) -> set[int]:
+    def reported(self, place: str, trial_id: int) -> set[int]:
         """The epochs at which the trial has reported."""
         with self._reaching():
-            return set(self._storage.get_trial(trial_id).intermediate_values)
+            return set(self._storage.get_trial(self._reporting(place, trial_id)).intermediate_values)
 
-    def should_prune(self, optimizer: str, trial_id: int) -> bool:
+    def should_prune(self, place: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report."""
-        study = self._studies[optimizer]
         with self._reaching():
-            return bool(study.pruner.prune(study, self._storage.get_trial(trial_id)))
+            study = self._study(self._reports_of(place))
+            return bool(study.pruner.prune(study, self._storage.get_trial(self._reporting(place, trial_id))))
 
-    def tell(self, optimizer: str, trial_id: int, outcome: str, value: float | None) -> None:
+    def tell(
+        self, place: str, trial_id: int, outcome: str, value: float | None, second_value: float | None = None
+    ) -> None:
         """Finish a trial; telling it again changes nothing.
 
-        A diverged trial is complete with the value of the untrained model, so that the sampler learns from it. A
-        pruned one has the value that it reported last.
+        A diverged trial is complete with the value of the untrained model, and beyond a constraint, so that the sampler
+        learns from it. One that ended without a value is told as pruned: its parameters are not lost. A pruned one has
+        the value that it reported last.
         """
-        values = None
-        if outcome == "pruned":
-            state = TrialState.PRUNED
-        elif outcome == "failed" or value is None or not math.isfinite(value):
-            state = TrialState.FAIL
-        else:
-            state, values = TrialState.COMPLETE, value
+        values = [value, second_value][: len(self._aims)]
         with self._reaching():
+            study = self._study(place)
             number = self._storage.get_trial_number_from_id(trial_id)
-            self._studies[optimizer].tell(number, values=values, state=state, skip_if_finished=True)
+            if outcome == "failed":
+                study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            else:
+                self._constrain(study, trial_id, outcome)
+                told = [v for v in values if v is not None and math.isfinite(v)]
+                if outcome == "pruned" or len(told) < len(values):
+                    study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+                else:
+                    study.tell(number, values=told, state=TrialState.COMPLETE, skip_if_finished=True)
+            if self._reports_apart:
+                self._end_reports(place, trial_id, outcome)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -157,42 +176,101 @@ class Search:
                     raise error.__cause__ from None
                 raise
 
-    def _study_id(self, optimizer: str) -> int:
-        return self._storage.get_study_id_from_name(study_name(self.spec.name, optimizer))
+    def _places(self) -> list[str]:
+        """The places of the study that have trials."""
+        prefix = f"{self.spec.name}/"
+        with self._reaching():
+            names = [frozen.study_name for frozen in self._storage.get_all_studies()]
+        places = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return [place for place in places if not place.endswith(_RUNGS)]
 
-    def _running(self, optimizer: str) -> list[optuna.trial.FrozenTrial]:
-        return self._studies[optimizer].get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    def _running(self, place: str) -> list[optuna.trial.FrozenTrial]:
+        return self._study(place).get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _suggest(self, optimizer: str, trial_id: int) -> AskedTrial:
+    def _suggest(self, place: str, trial_id: int) -> AskedTrial:
         number = self._storage.get_trial_number_from_id(trial_id)
         # A study keeps the trials it has seen until its own next `ask` or `tell`: a new one sees what others told.
         # A new sampler, as one that starts again from the same seed would draw the points of its last life again.
         study = optuna.load_study(
-            study_name=study_name(self.spec.name, optimizer),
+            study_name=study_name(self.spec.name, place),
             storage=self._storage,
             sampler=make_sampler(self.spec, self._worker_seed, number),
-            pruner=self._studies[optimizer].pruner,
+            pruner=self._study(place).pruner,
         )
         trial = optuna.Trial(study, trial_id)
+        optimizer = _contestant(place)
         params = {
             name: _suggest_one(trial, name, distribution)
             for name, distribution in self._distributions[optimizer].items()
         }
         return AskedTrial(trial_id, number, settings(self.spec, optimizer, params))
 
-    def _open(self, optimizer: str) -> optuna.Study:
-        return optuna.create_study(
-            storage=self._storage,
-            study_name=study_name(self.spec.name, optimizer),
-            direction=self.spec.objective.direction,
-            pruner=make_pruner(self.spec),
-            load_if_exists=True,
-        )
+    def _study(self, place: str) -> optuna.Study:
+        """The Optuna study of a place, made if it is not there; nobody asks its sampler."""
+        if place not in self._studies:
+            rungs = place.endswith(_RUNGS)
+            self._studies[place] = optuna.create_study(
+                storage=self._storage,
+                study_name=study_name(self.spec.name, place),
+                directions=[self.spec.objective.at_rungs.direction] if rungs else self._aims,
+                sampler=optuna.samplers.RandomSampler(),
+                pruner=make_pruner(self.spec) if rungs == self._reports_apart else optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+        return self._studies[place]
+
+    def _constrain(self, study: optuna.Study, trial_id: int, outcome: str) -> None:
+        """Set the constraint of a trial that has none; within it, a trial needs one only for the GP sampler."""
+        beyond = outcome == "diverged"
+        if not (beyond or self.spec.sampler.name == "gp"):
+            return
+        if self._storage.get_trial(trial_id).state is TrialState.RUNNING:
+            trial = optuna.Trial(study, trial_id)
+            if DIVERGED not in trial.constraints:
+                trial.set_constraint(DIVERGED, 1.0 if beyond else 0.0)
+
+    def _reports_of(self, place: str) -> str:
+        """The place where the reports of a place's trials are."""
+        return place + _RUNGS if self._reports_apart else place
+
+    def _reporting(self, place: str, trial_id: int) -> int:
+        """The trial that a trial reports to, made if it is not there: itself, or its twin in the study of reports."""
+        if not self._reports_apart:
+            return trial_id
+        known = self._storage.get_trial(trial_id).user_attrs
+        if REPORTS in known:
+            return int(known[REPORTS])
+        study = self._study(self._reports_of(place))
+        for frozen in study.get_trials(deepcopy=False):
+            if frozen.user_attrs.get(TICKET) == known.get(TICKET):  # a worker made it, and died before it was noted
+                twin = frozen._trial_id
+                break
+        else:
+            template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={TICKET: known.get(TICKET)})
+            twin = self._storage.create_new_trial(study._study_id, template)
+        self._storage.set_trial_user_attr(trial_id, REPORTS, twin)
+        return twin
+
+    def _end_reports(self, place: str, trial_id: int, outcome: str) -> None:
+        """Finish the trial that reports, if there is one, so that Optuna's client shows none that runs for ever."""
+        twin = self._storage.get_trial(trial_id).user_attrs.get(REPORTS)
+        if twin is None:
+            return
+        state = TrialState.FAIL if outcome == "failed" else TrialState.PRUNED
+        number = self._storage.get_trial_number_from_id(twin)
+        self._study(self._reports_of(place)).tell(number, state=state, skip_if_finished=True)
 
 
-def study_name(study: str, optimizer: str) -> str:
-    """The name of an optimizer's Optuna study."""
-    return f"{study}/{optimizer}"
+_RUNGS = "/rungs"
+
+
+def _contestant(place: str) -> str:
+    return place.split("/")[0]
+
+
+def study_name(study: str, place: str) -> str:
+    """The name of the Optuna study of a place."""
+    return f"{study}/{place}"
 
 
 def open_storage(database: Database) -> optuna.storages.RDBStorage:

@@ -185,6 +185,7 @@ def make_spec() -> Callable[..., StudySpec]:
             "task": {"factory": "momentum_tuner.tasks:digits_mlp"},
             "optimizers": ["sgd", "momentum", "nesterov"],
             "budget": {"trials": 4, "epochs": 20},
+            "confirm": {"seeds": 0},
         }
         return StudySpec.model_validate({**document, **sections})
 

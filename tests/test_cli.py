@@ -12,6 +12,7 @@ task: {factory: "momentum_tuner.tasks:quadratic", params: {dim: 4, kappa: 10}}
 optimizers: [sgd, momentum]
 space: {learning_rate: {low: 0.01, high: 0.1}, momentum: {low: 0.0, high: 0.9}}
 budget: {trials: 3, epochs: 2}
+confirm: {seeds: 0}
 pruner: {name: none}
 """
 

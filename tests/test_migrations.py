@@ -84,30 +84,30 @@ def test_the_comparison_with_the_models_sees_a_difference(empty):
 def test_the_current_version_is_the_newest_migration():
     script = ScriptDirectory.from_config(alembic(None))  # type: ignore[arg-type]
     assert script.get_heads() == [CURRENT]
-    assert [revision.revision for revision in script.walk_revisions()] == ["0002", "0001"]
+    assert [revision.revision for revision in script.walk_revisions()] == ["0003", "0002", "0001"]
 
 
-def test_a_database_of_the_first_version_keeps_its_rows_when_it_is_brought_up_to_date(empty):
+def test_a_database_of_the_first_version_keeps_its_rows(empty):
     with empty.write() as session:
         command.upgrade(alembic(session.connection()), "0001")
         session.execute(
             sa.text(
-                "INSERT INTO tuner_studies (id, name, spec, spec_hash, phase, created_at)"
-                " VALUES (7, 's', '{}', '', 'done', 1)"
+                "INSERT INTO tuner_studies (id, name, spec, spec_hash, phase, created_at) "
+                "VALUES (1, 'old', '{}', 'h', 'search', 1.0)"
             )
         )
         session.execute(
             sa.text(
-                "INSERT INTO tickets (id, study_id, optimizer, kind, position, queue_order, seed, state, generation,"
-                " attempts, published_epoch, reason) VALUES (3, 7, 'sgd', 'search', 0, 0, 0, 'done', 1, 1, 4, 'why')"
+                "INSERT INTO tickets (id, study_id, optimizer, kind, position, queue_order, seed, state, generation, "
+                "attempts, published_epoch, value) VALUES (7, 1, 'sgd', 'search', 0, 0, 0, 'done', 1, 1, -1, 0.25)"
             )
         )
     migrate(empty)
     assert differences_from_the_models(empty) == []
     with empty.read() as session:
-        study, ticket = session.get_one(Study, 7), session.get_one(Ticket, 3)
-        assert (study.name, study.phase, study.parent_trials, study.data) == ("s", "done", 0, None)
-        assert (ticket.published_epoch, ticket.reason, ticket.traceback) == (4, "why", None)
+        assert session.execute(sa.text("SELECT id, value, second_value FROM tickets")).all() == [(7, 0.25, None)]
+        study, ticket = session.get_one(Study, 1), session.get_one(Ticket, 7)
+        assert (study.name, study.parent_trials, study.data, ticket.traceback) == ("old", 0, None, None)
 
 
 def test_migrating_twice_is_harmless(empty):

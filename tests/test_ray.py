@@ -74,6 +74,7 @@ task: {factory: "bowl.py:build"}
 optimizers: [sgd, momentum]
 space: {learning_rate: {low: 0.01, high: 0.1}, momentum: {low: 0.0, high: 0.9}}
 budget: {trials: 16, epochs: 4}
+confirm: {seeds: 0}
 pruner: {name: none}
 """
 RAY = ("--engine", "ray")

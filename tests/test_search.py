@@ -403,10 +403,10 @@ def test_leftovers_are_failed_and_nothing_else(sqlite_database, make_spec, searc
         ("pruned", 0.9, TrialState.PRUNED, 0.75),
         ("failed", None, TrialState.FAIL, None),
         ("failed", 0.5, TrialState.FAIL, None),
-        ("complete", None, TrialState.FAIL, None),
-        ("diverged", None, TrialState.FAIL, None),
-        ("complete", math.nan, TrialState.FAIL, None),
-        ("complete", math.inf, TrialState.FAIL, None),
+        ("complete", None, TrialState.PRUNED, 0.75),
+        ("diverged", None, TrialState.PRUNED, 0.75),
+        ("complete", math.nan, TrialState.PRUNED, 0.75),
+        ("complete", math.inf, TrialState.PRUNED, 0.75),
     ],
 )
 def test_what_optuna_sees_of_an_outcome(sqlite_database, make_spec, search, outcome, value, state, seen):
@@ -645,7 +645,8 @@ def test_the_same_on_postgresql(postgresql_database, make_spec, search):
 SEARCH = """
 from momentum_tuner.spec import StudySpec
 spec = StudySpec.model_validate(
-    {"name": "s", "task": {"factory": "a:b"}, "optimizers": ["nesterov"], "budget": {"trials": 8, "epochs": 20}}
+    {"name": "s", "task": {"factory": "a:b"}, "optimizers": ["nesterov"], "budget": {"trials": 8, "epochs": 20},
+     "confirm": {"seeds": 0}}
 )
 database = Database(argument)
 search = Search(database, spec, number)

@@ -220,6 +220,64 @@ def test_objectives(metric):
     assert study(objective=f"{{metric: {metric}, direction: maximize}}").objective.metric == metric
 
 
+def test_two_aims():
+    spec = study(objective="[steps_to_target, {metric: valid_accuracy, direction: maximize}]", target="0.2")
+    assert [(aim.metric, aim.maximize) for aim in spec.objective.aims] == [
+        ("steps_to_target", False),
+        ("valid_accuracy", True),
+    ]
+    assert parse_study(spec.to_yaml()) == StudySpec.from_canonical(spec.canonical()) == spec
+    assert [aim.metric for aim in study().objective.aims] == ["valid_loss"]
+
+
+@pytest.mark.parametrize(
+    "objective, at_rungs, to_target",
+    [
+        ("{metric: valid_loss}", "valid_loss minimize", "valid_loss minimize"),
+        ("{metric: mean_valid_loss}", "mean_valid_loss minimize", "valid_loss minimize"),
+        (
+            "{metric: valid_accuracy, direction: maximize}",
+            "valid_accuracy maximize",
+            "valid_accuracy maximize",
+        ),
+        ("{metric: oscillation}", "valid_loss minimize", "valid_loss minimize"),
+        ("[mean_valid_loss, oscillation]", "valid_loss minimize", "valid_loss minimize"),
+    ],
+)
+def test_what_rungs_report_and_what_has_to_reach_the_target(objective, at_rungs, to_target):
+    spec = study(objective=objective)
+    rungs = spec.objective.at_rungs
+    assert f"{rungs.metric} {rungs.direction}" == at_rungs
+    assert f"{spec.target_aim.metric} {spec.target_aim.direction}" == to_target
+
+
+@pytest.mark.parametrize(
+    "changes, reference, contestants",
+    [
+        ({}, "momentum_0.9", ["sgd", "momentum", "nesterov", "momentum_0.9"]),
+        ({"confirm": "{seeds: 0}"}, None, ["sgd", "momentum", "nesterov"]),
+        ({"fixed": "{momentum: 0.9}", "space": "{}"}, "momentum", ["sgd", "momentum", "nesterov"]),
+        ({"fixed": "{momentum: 0.8}", "space": "{}"}, "momentum_0.9", ["sgd", "momentum", "nesterov", "momentum_0.9"]),
+        ({"optimizers": "[momentum_0.9, sgd]", "space": "{}"}, "momentum_0.9", ["momentum_0.9", "sgd"]),
+        ({"optimizers": "[adam]", "space": "{}"}, "momentum_0.9", ["adam", "momentum_0.9"]),
+    ],
+)
+def test_the_reference_is_momentum_at_its_textbook_value(changes, reference, contestants):
+    spec = study(**changes)
+    assert spec.reference == reference
+    assert list(spec.contestants) == contestants
+
+
+def test_the_reference_searches_the_learning_rate_of_momentum_and_nothing_of_its_momentum():
+    spec = study(space="{momentum: {learning_rate: {low: 0.01, high: 0.1}}, weight_decay: [0.0, 0.1]}")
+    assert spec.hyperparameters("momentum_0.9") == {
+        "learning_rate": Range(low=0.01, high=0.1, log=True),
+        "weight_decay": (0.0, 0.1),
+        "clip_norm": math.inf,
+        "batch_size": 64,
+    }
+
+
 def test_only_a_grid_has_points_and_8_unless_the_file_says_otherwise():
     assert study(sampler="{name: grid}").sampler.points == 8
     assert study(sampler="{name: grid, points: null}").sampler.points == 8
@@ -276,9 +334,12 @@ def test_rungs_lie_below_the_last_epoch(pruner, epochs, rungs):
 
 NAMES = "1 to 63 letters, digits, '-' and '_', beginning with a letter or a digit"
 FACTORY = "'package.module:callable', or 'file.py:callable' for a file beside the study file or below it"
-OPTIMIZER_NAMES = "sgd, momentum, nesterov, momentum_classic, nesterov_lookahead, adam, adamw, rmsprop"
+OPTIMIZER_NAMES = "sgd, momentum, nesterov, momentum_0.9, momentum_classic, nesterov_lookahead, adam, adamw, rmsprop"
 SPACE_NAMES = "learning_rate, momentum, dampening, weight_decay, clip_norm, batch_size, sgd, nesterov"
-METRICS = "valid_loss, best_valid_loss, final_valid_loss, mean_valid_loss, train_loss, contraction"
+METRICS = (
+    "valid_loss, best_valid_loss, final_valid_loss, mean_valid_loss, train_loss, contraction, steps_to_target, "
+    "oscillation, spikes, layer_grad_ratio, sharpness, stability_margin"
+)
 
 MISTAKES = [
     # values out of their bounds
@@ -346,8 +407,26 @@ MISTAKES = [
     ),
     ({"fixed": "64"}, "fixed: 64 is not allowed; it must be a mapping such as {batch_size: 64}"),
     (
-        {"objective": "[{metric: valid_loss}, {metric: valid_accuracy}]"},
-        "objective: a list of aims is not possible; it must be one mapping {metric: ..., direction: ...}",
+        {"objective": "[valid_loss, oscillation, spikes]"},
+        "objective: ['valid_loss', 'oscillation', 'spikes'] is not allowed; "
+        "it must be one aim {metric: ..., direction: ...}, or a list of two",
+    ),
+    (
+        {"objective": "[valid_loss, 3]"},
+        "objective: ['valid_loss', 3] is not allowed; "
+        "it must be one aim {metric: ..., direction: ...}, or a list of two",
+    ),
+    (
+        {"objective": "[valid_loss, {metric: valid_loss}]"},
+        "objective.second.metric: valid_loss is the first aim already; name another measure",
+    ),
+    (
+        {"objective": "[valid_loss, {metric: oscillation, direction: minimise}]"},
+        "objective.second.direction: 'minimise' is not known; did you mean 'minimize'? (allowed: minimize, maximize)",
+    ),
+    (
+        {"objective": "[steps_to_target, oscillation]"},
+        "target: 'auto' is known only after the search, and objective aims at it; write a number",
     ),
     (
         {"task": "{factory: 'a:b', params: {x: {y: 1}}}"},
@@ -557,9 +636,9 @@ def test_a_document_spoilt_anywhere_is_read_or_told_in_lines_but_never_crashes(s
             while (key := rng.choice(list(node))) and isinstance(node[key], dict) and node[key] and rng.random() < 0.7:
                 node = node[key]
             if rng.random() < 0.3:
-                node[rng.choice(["low", "momentum", "adam", "odd", "points"])] = rng.choice(ODD)
+                node[rng.choice(["low", "momentum", "adam", "odd", "points"])] = copy.deepcopy(rng.choice(ODD))
             else:
-                node[key] = rng.choice(ODD)
+                node[key] = copy.deepcopy(rng.choice(ODD))
         text = json.dumps(document).replace("NaN", ".nan").replace("Infinity", ".inf")
         try:
             spec = parse_study(text, "study.yaml")
@@ -775,7 +854,8 @@ def test_canonical_and_yaml_read_back_to_the_same_spec(seed):
             {"space": "{momentum: 0.9}"},
             ['space.momentum: {"high": 0.999, "low": 0.0} -> not set', "fixed.momentum: not set -> 0.9"],
         ),
-        ({"confirm": "{seeds: 11}"}, ["confirm.seeds: 10 -> 11"]),
+        ({"confirm": "{seeds: 11}"}, []),
+        ({"confirm": "{seeds: 9}"}, ["confirm.seeds: 10 -> 9"]),
         ({"target": "0.5", "seed": "1"}, ['target: "auto" -> 0.5', "seed: 0 -> 1"]),
         ({"optimizers": "[sgd, momentum]"}, ['optimizers: ["sgd", "momentum", "nesterov"] -> ["sgd", "momentum"]']),
         (
@@ -792,7 +872,7 @@ def test_canonical_and_yaml_read_back_to_the_same_spec(seed):
         ({"fixed": "{clip_norm: 1}"}, ['fixed.clip_norm: "inf" -> 1.0']),
     ],
 )
-def test_differences_name_the_fields_and_let_the_trials_grow(changes, lines):
+def test_differences_name_the_fields_and_let_trials_and_seeds_grow(changes, lines):
     assert differences(study(), study(**changes)) == lines
 
 

@@ -130,7 +130,8 @@ def test_submitting_twice_joins(database, make_spec):
 SUBMIT = """
 database = Database(argument)
 spec = StudySpec.model_validate(
-    {"name": "s", "task": {"factory": "a:b"}, "optimizers": ["sgd", "nesterov"], "budget": {"trials": 40, "epochs": 2}}
+    {"name": "s", "task": {"factory": "a:b"}, "optimizers": ["sgd", "nesterov"], "budget": {"trials": 40, "epochs": 2},
+     "confirm": {"seeds": 0}}
 )
 study = submit_study(database, spec, None, lambda o: None)
 database.close()
@@ -253,6 +254,7 @@ def test_a_claim_says_what_the_ticket_holds(database, make_spec):
         settings=None,
         outcome=None,
         value=None,
+        second_value=None,
         checkpoint=None,
         attempts=1,
     )

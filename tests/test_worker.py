@@ -313,8 +313,8 @@ def test_a_wrong_clock_of_the_workers_machine_changes_nothing(bench, monkeypatch
     study = bench.submit(tuple(0.01 * n for n in range(1, 7)), epochs=6)
     bench.ask_for("seconds-per-step", 0.05)
     register_worker(bench.database, WorkerIdentity("silent", "host", 1), "cpu")
-    claim(bench.database, study.id, "silent", 1, max_attempts=3)
     silent_since = time.monotonic()
+    claim(bench.database, study.id, "silent", 1, max_attempts=3)
     monkeypatch.setattr(time, "time", lambda: time.monotonic() - silent_since + right + wrong_by)
     both = [bench.start(name, slots=3) for name in ("a", "b")]
     wait_for(lambda: bench.rows(Ticket.generation)[0] == (2,))

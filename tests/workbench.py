@@ -155,6 +155,7 @@ class Bench:
             "space": {"learning_rate": {"low": 1e-4, "high": 2.0}},
             "fixed": {"batch_size": 8},
             "budget": {"trials": len(rates), "epochs": epochs},
+            "confirm": {"seeds": 0},
             "pruner": {"name": "none"},
             **sections,
         }

@@ -152,7 +152,8 @@ def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequen
 
         task = load_task(spec.task.factory, spec.task.params, base=folder, trusted=trusted)
         check_task(task)
-        check_objective(spec.objective.metric, task)
+        for aim in spec.objective.aims:
+            check_objective(aim.metric, task)
     migrate(database)
     return submit_study(database, spec, str(folder), lambda optimizer: design(spec, optimizer))
 

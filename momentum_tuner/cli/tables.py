@@ -32,33 +32,41 @@ def setting_text(settings: Mapping[str, Any]) -> str:
 
 
 def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
-    """The best setting of each optimizer, best first, with how its trials ended; it fits 80 columns."""
+    """The best setting of each optimizer, best first, with how its trials ended; it fits 80 columns.
+
+    With two aims it has a line for each setting on the front of an optimizer.
+    """
     counts = {o.optimizer: o for o in progress.optimizers}
     metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
     outcomes = _outcomes(progress)
-    table = _table(f"{progress.study}: best setting of each optimizer")
+    two_aims = any(b.second_objective is not None for b in best)
+    title = "settings that none is better than in both aims" if two_aims else "best setting of each optimizer"
+    table = _table(f"{progress.study}: {title}")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("learning rate", "momentum", "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
+    aims = ("first aim", "second aim") if two_aims else ()
+    for name in ("learning rate", "momentum", *aims, "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
         table.add_column(name, justify="right")
     for name in outcomes:
         table.add_column(name, justify="right")
-    ranked = {b.optimizer: b for b in best}
-    for optimizer in [*ranked, *(o for o in counts if o not in ranked)]:
-        found, count = ranked.get(optimizer), counts[optimizer]
-        row = [optimizer]
-        if found is None:
-            row += ["-"] * (4 + len(metrics))
-        else:
-            momentum = found.settings.get("momentum")
-            row += [
-                f"{found.settings['learning_rate']:.4g}",
-                "-" if momentum is None else short_momentum(momentum),
-                _number(found.measures.get("best_valid_loss")),
-                *(_number(found.measures.get(m)) for m in metrics),
-                str(found.trial),
-            ]
-        row += [str(getattr(count, name)) for name in outcomes]
+    shown: set[str] = set()
+    for b in best:
+        momentum = b.settings.get("momentum")
+        row = [
+            b.optimizer,
+            f"{b.settings['learning_rate']:.4g}",
+            "-" if momentum is None else short_momentum(momentum),
+            *([_number(b.objective), _number(b.second_objective)] if two_aims else []),
+            _number(b.measures.get("best_valid_loss")),
+            *(_number(b.measures.get(m)) for m in metrics),
+            str(b.trial),
+        ]
+        again = b.optimizer in shown
+        row += ["" if again else str(getattr(counts[b.optimizer], name)) for name in outcomes]
+        shown.add(b.optimizer)
         table.add_row(*row)
+    for optimizer in (o for o in counts if o not in shown):
+        row = [optimizer, *["-"] * (4 + len(metrics) + len(aims))]
+        table.add_row(*row, *(str(getattr(counts[optimizer], name)) for name in outcomes))
     return table
 
 

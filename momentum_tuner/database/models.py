@@ -148,6 +148,7 @@ class Ticket(Base):
     study_id: Mapped[int] = mapped_column(ForeignKey("tuner_studies.id", ondelete="CASCADE"))
     optimizer: Mapped[str] = mapped_column(String(32))
     kind: Mapped[str] = mapped_column(String(16))
+    """`search`; `reference`, the search of the textbook setting that the file does not name; or `confirm`."""
     position: Mapped[int]
     queue_order: Mapped[int]
     """The order of claiming: the optimizers take turns."""
@@ -155,7 +156,7 @@ class Ticket(Base):
     fixed: Mapped[dict[str, Any] | None]
     """Optuna parameters set in advance (grids, confirmation), else None: the sampler is asked."""
     settings: Mapped[dict[str, Any] | None]
-    """All hyperparameters the trial trains with, once asked."""
+    """All hyperparameters the trial trains with, once asked; those of a confirmation are known before."""
     trial_id: Mapped[int | None] = mapped_column(BigInteger)
     trial_number: Mapped[int | None]
     state: Mapped[str] = mapped_column(String(16), default="open")
@@ -169,6 +170,8 @@ class Ticket(Base):
     traceback: Mapped[str | None] = mapped_column(Text)
     """Of the error that it failed with, without secrets."""
     value: Mapped[float | None]
+    second_value: Mapped[float | None]
+    """The value of the second aim, where the objective has two."""
     measures: Mapped[dict[str, Any] | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]

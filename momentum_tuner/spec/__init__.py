@@ -1,6 +1,8 @@
 """The study file: what it may hold, read safely, and every mistake in it told in one report."""
 
 from momentum_tuner.spec.sections import (
+    OBJECTIVES,
+    Aim,
     BudgetSpec,
     ConfirmSpec,
     ObjectiveSpec,
@@ -14,6 +16,8 @@ from momentum_tuner.spec.study import StudySpec, differences, load_study, parse_
 
 __all__ = [
     "BATCH_SIZE",
+    "OBJECTIVES",
+    "Aim",
     "BudgetSpec",
     "ConfirmSpec",
     "ObjectiveSpec",

@@ -29,8 +29,24 @@ from momentum_tuner.spec.mistakes import check_all, is_number, mistake, not_allo
 Param: TypeAlias = bool | int | float | str | Sequence["Param"] | None
 """A value that a study file may give to the task's factory."""
 
-OBJECTIVES = ("valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction")
+OBJECTIVES = (
+    "valid_loss",
+    "best_valid_loss",
+    "final_valid_loss",
+    "mean_valid_loss",
+    "train_loss",
+    "contraction",
+    "steps_to_target",
+    "oscillation",
+    "spikes",
+    "layer_grad_ratio",
+    "sharpness",
+    "stability_margin",
+)
 """What a study may aim at, beside `valid_<metric>` for each metric of its task."""
+
+OF_WHOLE_TRIALS = frozenset(OBJECTIVES[OBJECTIVES.index("steps_to_target") :])
+"""Those that say nothing of a trial that still runs."""
 
 _MOST = 1_000_000
 _MOST_POINTS = 1_000
@@ -147,8 +163,8 @@ def _read_option(key: str, value: object, mistakes: list[InitErrorDetails]) -> f
     return option.default
 
 
-class ObjectiveSpec(Section):
-    """What the search minimizes or maximizes; `valid_loss` means its best value over the epochs."""
+class Aim(Section):
+    """One measure, and whether less or more of it is better; `valid_loss` means its best value over the epochs."""
 
     metric: str = Field(
         default="valid_loss",
@@ -158,6 +174,46 @@ class ObjectiveSpec(Section):
     direction: Annotated[Literal["minimize", "maximize"], BeforeValidator(one_of(("minimize", "maximize")))] = (
         "minimize"
     )
+
+    @property
+    def maximize(self) -> bool:
+        """Whether more is better."""
+        return self.direction == "maximize"
+
+
+class ObjectiveSpec(Aim):
+    """What the search aims at; a list of two names a second aim, less important than the first."""
+
+    second: Aim | None = Field(default=None, description="as the first aim: {metric: ..., direction: ...}")
+
+    @property
+    def aims(self) -> tuple[Aim, ...]:
+        """The one or two measures that the search is told."""
+        return (self,) if self.second is None else (self, self.second)
+
+    @property
+    def at_rungs(self) -> Aim:
+        """What trials report at rungs: the aim, or the validation loss where there are two or it has no value yet."""
+        return self if self.second is None and self.metric not in OF_WHOLE_TRIALS else Aim()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_or_two(cls, document: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(document, list | tuple):
+            aims = [{"metric": aim} if isinstance(aim, str) else aim for aim in document]
+            if len(aims) != 2 or not all(isinstance(aim, Mapping) and "second" not in aim for aim in aims):
+                refuse([mistake((), not_allowed(document, "one aim {metric: ..., direction: ...}, or a list of two"))])
+            document = {**aims[0], "second": aims[1]}
+        objective = handler(document)
+        if objective.second is not None and objective.second.metric == objective.metric:
+            refuse(
+                [mistake(("second", "metric"), f"{objective.metric} is the first aim already; name another measure")]
+            )
+        return objective
+
+    @model_serializer(mode="wrap")
+    def _without_second(self, handler: Any) -> dict[str, object]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class BudgetSpec(Section):

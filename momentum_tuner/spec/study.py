@@ -36,6 +36,7 @@ from momentum_tuner.spec.mistakes import (
 )
 from momentum_tuner.spec.reading import is_override, read_fixed, read_space
 from momentum_tuner.spec.sections import (
+    Aim,
     BudgetSpec,
     ConfirmSpec,
     ObjectiveSpec,
@@ -70,7 +71,8 @@ class StudySpec(Section):
     space: Space = Field(default={}, validate_default=True)
     fixed: Mapping[str, float] = Field(default={}, validate_default=True)
     objective: ObjectiveSpec = Field(
-        default=ObjectiveSpec(), description="a mapping such as {metric: valid_loss, direction: minimize}"
+        default=ObjectiveSpec(),
+        description="a mapping such as {metric: valid_loss, direction: minimize}, or a list of two",
     )
     budget: BudgetSpec = Field(description="a mapping such as {trials: 64, epochs: 20}")
     schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="a mapping such as {name: constant}")
@@ -110,15 +112,6 @@ class StudySpec(Section):
     @classmethod
     def _read_fixed(cls, fixed: object, info: ValidationInfo) -> Mapping[str, float]:
         return read_fixed(fixed, info.data.get("optimizers"))
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _one_objective(cls, objective: object) -> object:
-        if isinstance(objective, list | tuple):
-            refuse(
-                [mistake((), "a list of aims is not possible; it must be one mapping {metric: ..., direction: ...}")]
-            )
-        return objective
 
     @field_validator("schedule")
     @classmethod
@@ -173,6 +166,13 @@ class StudySpec(Section):
         return check_all(handler, document, mistakes)
 
     @model_validator(mode="after")
+    def _target_to_aim_at(self) -> Self:
+        if self.target == "auto" and any(aim.metric == "steps_to_target" for aim in self.objective.aims):
+            text = "'auto' is known only after the search, and objective aims at it; write a number"
+            refuse([mistake(("target",), text)])
+        return self
+
+    @model_validator(mode="after")
     def _fill_in(self) -> Self:
         space, fixed = normal_form(self.optimizers, self.space, self.fixed)
         object.__setattr__(self, "space", space)  # frozen for everyone else
@@ -196,6 +196,13 @@ class StudySpec(Section):
             if momentum == OPTIMIZERS[TEXTBOOK].constants["momentum"]:
                 return "momentum"
         return TEXTBOOK
+
+    @property
+    def target_aim(self) -> Aim:
+        """The measure that has to reach the target: the first aim if it is on the validation set, else its loss."""
+        aim = self.objective
+        on_validation = aim.metric.startswith("valid_") and aim.metric != "valid_loss"
+        return Aim(metric=aim.metric, direction=aim.direction) if on_validation else Aim()
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -304,11 +311,12 @@ def parse_study(text: str, source: str = "study") -> StudySpec:
 def differences(old: StudySpec, new: StudySpec) -> list[str]:
     """The fields in which two specs differ, as `space.momentum.high: 0.99 -> 0.999`.
 
-    A budget of more trials is left out: that is what a study may be resumed with.
+    A budget of more trials and a confirmation on more seeds are left out: a study may be resumed with them.
     """
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    if new.budget.trials > old.budget.trials:
-        after["budget"]["trials"] = before["budget"]["trials"]
+    for section, name in (("budget", "trials"), ("confirm", "seeds")):
+        if after[section][name] > before[section][name]:
+            after[section][name] = before[section][name]
     return _differences((), before, after)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from momentum_tuner.errors import TaskError
+from momentum_tuner.spec import OBJECTIVES
 
 Measure = Callable[[nn.Module, Any], Tensor]
 """A loss or a metric: of a model and a batch, a scalar."""
@@ -285,14 +286,13 @@ def checked(build: Callable[P, Task]) -> Callable[P, Task]:
 
 
 def check_objective(metric: str, task: Task) -> None:
-    """See that the objective is something the task measures.
+    """See that an aim is something the task measures.
 
     Raises:
         TaskError: it is a metric that the task has not, or contraction without a known optimum.
     """
-    known = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss", "contraction"}
     if metric == "contraction" and task.optimum is None:
         raise TaskError("objective.metric: contraction needs a task with a known optimum, which this task has not")
-    if metric not in known and metric.removeprefix("valid_") not in task.metrics:
+    if metric not in OBJECTIVES and metric.removeprefix("valid_") not in task.metrics:
         there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
         raise TaskError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")

@@ -1,7 +1,9 @@
 """Who may run which trial: studies, tickets and workers in the database."""
 
+from momentum_tuner.tickets.confirmation import confirmation_seeds, is_confirmation_of, open_confirmation
 from momentum_tuner.tickets.progress import (
     BestSetting,
+    KindProgress,
     OptimizerProgress,
     StudyProgress,
     WorkerProgress,
@@ -51,6 +53,7 @@ __all__ = [
     "BestSetting",
     "Claim",
     "Heartbeat",
+    "KindProgress",
     "LoadSample",
     "OptimizerProgress",
     "Outage",
@@ -64,17 +67,20 @@ __all__ = [
     "begin_finish",
     "best_settings",
     "claim",
+    "confirmation_seeds",
     "delete_study",
     "end_finish",
     "epoch_record",
     "find_study",
     "finish_study",
     "give_back",
+    "is_confirmation_of",
     "list_studies",
     "note_checkpoints",
     "note_data",
     "noted_checkpoints",
     "noted_trials",
+    "open_confirmation",
     "read_epochs",
     "record_epochs",
     "register_worker",

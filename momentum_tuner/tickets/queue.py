@@ -6,7 +6,6 @@ fence. A worker that lost its ticket (another one adopted it) is told so and dis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from momentum_tuner.database import Database, Epoch, Ticket, Worker, database_now, insert_new
-from momentum_tuner.metrics import EpochRecord
+from momentum_tuner.metrics import EpochRecord, finite
 from momentum_tuner.worker_options import GRACE_SECONDS
 
 
@@ -28,14 +27,15 @@ class Claim:
         worker_id: who holds it.
         generation: how often it has been claimed; with the worker, the fence.
         optimizer: whose trial it is.
-        kind: `search` or `confirm`.
+        kind: `search`, `reference` or `confirm`.
         seed: the trial's seed.
         fixed: Optuna parameters set in advance, or None.
         trial_id: Optuna's id of the trial, None until it is asked for.
         trial_number: its number in Optuna's study.
-        settings: all hyperparameters, once asked for.
+        settings: all hyperparameters, once asked for; those of a confirmation are known before.
         outcome: set if a worker died between the decision and telling Optuna: only that is left to do.
         value: the value to tell then.
+        second_value: that of the second aim, if there is one.
         checkpoint: where the trial can be continued from.
         attempts: how many attempts, this one among them, have not brought the trial further.
     """
@@ -52,8 +52,14 @@ class Claim:
     settings: Mapping[str, Any] | None
     outcome: str | None
     value: float | None
+    second_value: float | None
     checkpoint: str | None
     attempts: int
+
+    @property
+    def place(self) -> str:
+        """Where in Optuna its trial is: a contestant, or `<contestant>/confirm`."""
+        return f"{self.optimizer}/confirm" if self.kind == "confirm" else self.optimizer
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,15 @@ class Result:
         value: the objective's value, None for failed trials.
         measures: final measures for people to see.
         reason: why it failed.
-        traceback: where, without secrets.
+        second_value: the value of the second aim, if there is one.
+        traceback: where it failed, without secrets.
     """
 
     outcome: str
     value: float | None = None
     measures: Mapping[str, Any] | None = None
     reason: str | None = None
+    second_value: float | None = None
     traceback: str | None = None
 
 
@@ -199,7 +207,7 @@ def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) ->
         for kept_claim, result in kept:
             row = held[kept_claim.ticket_id]
             row.state, row.outcome = "finishing", result.outcome
-            row.value = result.value if result.value is not None and math.isfinite(result.value) else None
+            row.value, row.second_value = finite(result.value), finite(result.second_value)
             row.reason, row.traceback = _storable(result.reason), _storable(result.traceback)
             row.measures = dict(result.measures) if result.measures is not None else None
         return kept
@@ -323,6 +331,7 @@ def _claim(row: Ticket, worker_id: str) -> Claim:
         settings=row.settings,
         outcome=row.outcome if row.state == "finishing" else None,
         value=row.value,
+        second_value=row.second_value,
         checkpoint=row.checkpoint,
         attempts=row.attempts,
     )

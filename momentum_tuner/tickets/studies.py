@@ -37,7 +37,7 @@ class StudyRecord:
 def submit_study(database: Database, spec: StudySpec, folder: str | None, design: Design) -> StudyRecord:
     """Put a study and its tickets into the database, or join the one that is there.
 
-    A budget of more trials than the database holds adds tickets and opens the study again.
+    A budget of more trials, or a confirmation on more seeds, than the database holds opens the study again.
 
     Args:
         database: where to.
@@ -59,10 +59,11 @@ def submit_study(database: Database, spec: StudySpec, folder: str | None, design
                 f"study {spec.name!r} is in the database with other settings; give the changed study another name, "
                 f"or `momentum-tuner delete {spec.name}`:\n" + "\n".join(f"  {line}" for line in changed)
             )
-        if spec.budget.trials > held.budget.trials:
+        more_seeds = spec.confirm.seeds > held.confirm.seeds
+        if spec.budget.trials > held.budget.trials or more_seeds:
             row.spec, row.spec_hash = spec.canonical(), spec_hash(spec)
-        grown = _add_tickets(session, row, spec, lambda o: points[o] if o in points else design(o))
-        if grown:
+        added = _add_tickets(session, row, spec, lambda o: points[o] if o in points else design(o))
+        if added or more_seeds:
             row.phase, row.finished_at, row.parent_published = "search", None, None
         return _record(row)
 
@@ -93,23 +94,31 @@ def list_studies(database: Database) -> list[StudyRecord]:
 def finish_study(database: Database, study_id: int) -> bool:
     """Move a study on to `done` if none of its tickets is left; whichever worker looks first does it."""
     with database.write() as session:
-        row = session.scalars(sa.select(Study).where(Study.id == study_id).with_for_update()).one_or_none()
+        row = lock_study(session, study_id)
         if row is None or row.phase == "done":
             return row is not None
-        left = session.scalar(
-            sa.select(sa.func.count()).select_from(Ticket).where(Ticket.study_id == study_id, Ticket.state != "done")
-        )
-        if left:
+        if tickets_left(session, study_id):
             return False
         row.phase = "done"
         row.finished_at = session.scalar(sa.select(database_now()))
         return True
 
 
+def lock_study(session: Session, study_id: int) -> Study | None:
+    """The study's row, locked until the transaction ends; None if it was deleted."""
+    return session.scalars(sa.select(Study).where(Study.id == study_id).with_for_update()).one_or_none()
+
+
+def tickets_left(session: Session, study_id: int) -> int:
+    """How many tickets of a study are not done."""
+    left = sa.select(sa.func.count()).select_from(Ticket).where(Ticket.study_id == study_id, Ticket.state != "done")
+    return session.scalar(left) or 0
+
+
 def note_data(database: Database, study_id: int, data: Mapping[str, Any]) -> Mapping[str, Any]:
     """Note what a study's trials learn from, unless it is noted; returns what is noted."""
     with database.write() as session:
-        row = session.scalars(sa.select(Study).where(Study.id == study_id).with_for_update()).one_or_none()
+        row = lock_study(session, study_id)
         if row is None:
             return data
         if row.data is None:
@@ -140,35 +149,45 @@ def _insert_study(database: Database, spec: StudySpec, folder: str | None) -> An
     )
 
 
-def _count_tickets(session: Session, study: str, optimizer: str) -> int:
+def search_kind(spec: StudySpec, optimizer: str) -> str:
+    """The kind of the tickets that search a contestant's setting: `reference` for one that the file does not name."""
+    return "search" if optimizer in spec.optimizers else "reference"
+
+
+def _count_tickets(session: Session, spec: StudySpec, optimizer: str) -> int:
     counted = (
         sa.select(sa.func.count())
         .select_from(Ticket)
         .join(Study, Ticket.study_id == Study.id)
-        .where(Study.name == study, Ticket.optimizer == optimizer, Ticket.kind == "search")
+        .where(Study.name == spec.name, Ticket.optimizer == optimizer, Ticket.kind == search_kind(spec, optimizer))
     )
     return session.scalar(counted) or 0
 
 
 def _short_of_tickets(database: Database, spec: StudySpec) -> list[str]:
-    """The optimizers that have fewer tickets than the budget."""
+    """The contestants that have fewer tickets than the budget."""
     with database.read() as session:
-        return [o for o in spec.optimizers if _count_tickets(session, spec.name, o) < spec.budget.trials]
+        return [o for o in spec.contestants if _count_tickets(session, spec, o) < spec.budget.trials]
 
 
 def _add_tickets(session: Session, row: Study, spec: StudySpec, design: Design) -> int:
-    """Add the search tickets that the budget has and the database has not; returns how many."""
+    """Add the tickets of the search that the budget has and the database has not; returns how many.
+
+    The study's optimizers take turns; the reference comes last, in slots that they leave free.
+    """
     added = 0
-    for number, optimizer in enumerate(spec.optimizers):
-        positions = range(_count_tickets(session, spec.name, optimizer), spec.budget.trials)
+    for number, optimizer in enumerate(spec.contestants):
+        kind = search_kind(spec, optimizer)
+        positions = range(_count_tickets(session, spec, optimizer), spec.budget.trials)
         fixed = design(optimizer) if positions else None
+        turns = len(spec.optimizers)
         session.add_all(
             Ticket(
                 study_id=row.id,
                 optimizer=optimizer,
-                kind="search",
+                kind=kind,
                 position=position,
-                queue_order=position * len(spec.optimizers) + number,
+                queue_order=position * turns + number if kind == "search" else spec.budget.trials * turns + position,
                 seed=spec.seed,
                 fixed=None if fixed is None else dict(fixed[position]),
             )

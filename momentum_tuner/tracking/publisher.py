@@ -337,7 +337,7 @@ class Publisher:
         found = self._store.runs.get(str(ticket.id))
         if found is not None:
             return found
-        name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {})
+        name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
         tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
         self._keep_lease()
         return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)

@@ -38,7 +38,7 @@ EPOCH_MEASURES = (
     "seconds",
     "distance",
 )
-FINAL_MEASURES = ("best_valid_loss", "mean_valid_loss", "contraction")
+FINAL_MEASURES = ("best_valid_loss", "mean_valid_loss", "contraction", "steps_to_target")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Point:
     step: int
 
 
-def run_name(optimizer: str, number: int, settings: Mapping[str, Any]) -> str:
-    """Such as `nesterov 0042 lr=0.031 beta=0.95`."""
-    parts = [f"{optimizer} {number:04d}"]
+def run_name(optimizer: str, number: int, settings: Mapping[str, Any], kind: str = "search") -> str:
+    """Such as `nesterov 0042 lr=0.031 beta=0.95`, or `nesterov confirm 0003 ...`."""
+    parts = [f"{optimizer} confirm {number:04d}" if kind == "confirm" else f"{optimizer} {number:04d}"]
     if "learning_rate" in settings:
         parts.append(f"lr={settings['learning_rate']:.2g}")
     if "momentum" in settings:
@@ -110,6 +110,8 @@ def final_points(ticket: Ticket) -> list[Point]:
     found = {name: measures[name] for name in FINAL_MEASURES if name in measures}
     if ticket.value is not None:
         found["objective"] = ticket.value
+    if ticket.second_value is not None:
+        found["second_objective"] = ticket.second_value
     if "diverged_at_step" in measures:
         found["diverged_at_step"] = measures["diverged_at_step"]
     return [Point(name, float(value), timestamp, step) for name, value in found.items() if _is_number(value)]
@@ -128,7 +130,7 @@ def study_params(spec: StudySpec) -> dict[str, str]:
         "sampler": spec.sampler.name,
         "pruner": spec.pruner.name,
         "schedule": spec.schedule.name,
-        "objective": f"{spec.objective.direction} {spec.objective.metric}",
+        "objective": ", ".join(f"{aim.direction} {aim.metric}" for aim in spec.objective.aims),
         "epochs": str(spec.budget.epochs),
         "seed": str(spec.seed),
     }
@@ -144,7 +146,8 @@ def study_result(progress: StudyProgress, best: Sequence[BestSetting]) -> tuple[
     names = ("complete", "pruned", "diverged", "failed")
     values = {name: float(sum(getattr(o, name) for o in progress.optimizers)) for name in names}
     values["trials"] = float(progress.done)
-    tags = {f"best_{b.optimizer}_{name}": f"{value:.8g}" for b in best for name, value in b.settings.items()}
+    first = {b.optimizer: b for b in reversed(best)}  # with two aims an optimizer has several
+    tags = {f"best_{o}_{name}": f"{value:.8g}" for o, b in first.items() for name, value in b.settings.items()}
     if best:
         values["objective"] = best[0].objective
         tags["best_optimizer"] = best[0].optimizer

@@ -10,7 +10,7 @@ from momentum_tuner.checkpoints import CheckpointStore, SavedSlot
 from momentum_tuner.database import Database
 from momentum_tuner.errors import MomentumTunerError, StorageError
 from momentum_tuner.faults import crash_point
-from momentum_tuner.metrics import EpochRecord, TrialMeasures, objective_value, trial_measures
+from momentum_tuner.metrics import EpochRecord, Target, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Task, check_objective
@@ -24,6 +24,7 @@ from momentum_tuner.tickets import (
     finish_study,
     give_back,
     noted_trials,
+    open_confirmation,
     read_epochs,
     record_epochs,
     set_trials,
@@ -77,8 +78,11 @@ class StudyWorker:
         self.stop = stop
         self.link = link or Link()
         self.rungs = sorted(self.spec.rungs())
-        self.maximize = self.spec.objective.direction == "maximize"
-        check_objective(self.spec.objective.metric, task)
+        aim = self.spec.target_aim
+        target = self.spec.target
+        self.target = None if target == "auto" else Target(target, aim.metric, aim.maximize)
+        for aim in self.spec.objective.aims:
+            check_objective(aim.metric, task)
         schedule = self.spec.schedule
         self.trainer = Trainer(
             task,
@@ -175,22 +179,23 @@ class StudyWorker:
             held.written = len(held.records)
 
     def _judge(self) -> None:
-        """Report rungs to Optuna, and end the trials that the pruner stops."""
+        """Report rungs to Optuna, and end the trials that the pruner stops; none of a confirmation."""
+        aim = self.spec.objective.at_rungs
         for held in self._in(Stage.TRAINING):
-            if not held.records or held.judged == held.records[-1].epoch:
+            if held.claim.kind == "confirm" or not held.records or held.judged == held.records[-1].epoch:
                 continue
             last = held.records[-1].epoch
             trial_id = held.claim.trial_id
             assert trial_id is not None
             reported = None
             for rung in (r for r in self.rungs if r <= last and (r not in held.reported or r == last)):
-                value = rung_value(self.spec.objective.metric, held.records[: rung + 1], self.maximize)
+                value = rung_value(aim.metric, held.records[: rung + 1], aim.maximize)
                 if value is not None:
-                    self.search.report(held.claim.optimizer, trial_id, rung, value)
+                    self.search.report(held.claim.place, trial_id, rung, value)
                     crash_point("reported")
                     reported = value
                 held.reported.add(rung)
-            if reported is not None and self.search.should_prune(held.claim.optimizer, trial_id):
+            if reported is not None and self.search.should_prune(held.claim.place, trial_id):
                 self._end(held, Result("pruned", reported, flat_measures(self._measures(held))))
             held.judged = last
 
@@ -216,11 +221,11 @@ class StudyWorker:
     def _tell(self, held: Held, result: Result) -> None:
         trial_id = held.claim.trial_id
         if trial_id is None:
-            found = self.search.recall(held.claim.optimizer, held.claim.ticket_id)
+            found = self.search.recall(held.claim.place, held.claim.ticket_id)
             if found is None:
                 return
             trial_id = found.trial_id
-        self.search.tell(held.claim.optimizer, trial_id, result.outcome, result.value)
+        self.search.tell(held.claim.place, trial_id, result.outcome, result.value, result.second_value)
 
     def _give_back(self) -> None:
         """Return the tickets of trials that left their slots, once their checkpoint is noted."""
@@ -247,7 +252,8 @@ class StudyWorker:
             held = Held(new, Stage.CLAIMED, asked=new.generation > 1)
             held.last_attempt = 1 < self.spec.max_attempts <= new.attempts
             if new.outcome is not None:
-                held.stage, held.result = Stage.FENCED, Result(new.outcome, new.value)
+                held.stage = Stage.FENCED
+                held.result = Result(new.outcome, new.value, second_value=new.second_value)
             self.held[new.ticket_id] = held
         if claims:
             crash_point("claimed")
@@ -269,11 +275,11 @@ class StudyWorker:
     def _ask(self, held: Held) -> None:
         """Its Optuna trial: one that was asked for but never noted, or a new one."""
         claim = held.claim
-        asked = self.search.recall(claim.optimizer, claim.ticket_id) if held.asked else None
+        asked = self.search.recall(claim.place, claim.ticket_id) if held.asked else None
         held.asked = True
         if asked is None:
-            asked = self.search.ask(claim.optimizer, claim.ticket_id, claim.fixed)
-        held.claim = with_trial(claim, asked.trial_id, asked.number, asked.settings)
+            asked = self.search.ask(claim.place, claim.ticket_id, claim.fixed)
+        held.claim = with_trial(claim, asked.trial_id, asked.number, claim.settings or asked.settings)
         crash_point("asked")
 
     def _recall(self, going_on: Sequence[Held]) -> None:
@@ -283,7 +289,7 @@ class StudyWorker:
             records = recorded[held.claim.ticket_id]
             if records:
                 assert held.claim.trial_id is not None
-                held.reported = self.search.reported(held.claim.trial_id)
+                held.reported = self.search.reported(held.claim.place, held.claim.trial_id)
             held.recorded = {r.epoch: r for r in records}
 
     # The trainer
@@ -361,11 +367,13 @@ class StudyWorker:
             outcome = "complete"
         if outcome is not None:
             measures = self._measures(held)
-            value = objective_value(measures, self.spec.objective.metric)
-            self._end(held, Result(outcome, value, flat_measures(measures)))
+            budget = self.spec.budget.epochs * self.trainer.steps_per_epoch(trial_settings(held.claim).batch_size)
+            values = [objective_value(measures, aim.metric, budget) for aim in self.spec.objective.aims]
+            second = values[1] if len(values) > 1 else None
+            self._end(held, Result(outcome, values[0], flat_measures(measures), second_value=second))
 
     def _measures(self, held: Held) -> TrialMeasures:
-        return trial_measures(held.records, self.spec.budget.epochs)
+        return trial_measures(held.records, self.spec.budget.epochs, self.target)
 
     def _end(self, held: Held, result: Result) -> None:
         """Note a trial's result, and free its slot."""
@@ -395,6 +403,9 @@ class StudyWorker:
             noted = noted_trials(self.database, self.study.id)
             if all(done for _, done in noted.values()):
                 self.search.fail_leftovers(noted)
+                if open_confirmation(self.database, self.study.id):
+                    crash_point("opened")
+                    return False
                 self.saver.forget()
                 if finish_study(self.database, self.study.id):
                     return True

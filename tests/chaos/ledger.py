@@ -85,12 +85,12 @@ ALLOWED = {
     ("finishing", "done"),
 }
 TOLD = {
-    "complete": {TrialState.COMPLETE, TrialState.FAIL},
-    "diverged": {TrialState.COMPLETE, TrialState.FAIL},
+    "complete": {TrialState.COMPLETE, TrialState.PRUNED},
+    "diverged": {TrialState.COMPLETE, TrialState.PRUNED},
     "pruned": {TrialState.PRUNED},
     "failed": {TrialState.FAIL},
 }
-"""What Optuna may be told for an outcome; FAIL where there is no value."""
+"""What Optuna may be told for an outcome; PRUNED too where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,14 @@ def check_ledger(database: Database, spec: StudySpec, grace_seconds: float, kill
         epochs = connection.execute(sa.text("SELECT ticket_id, epoch FROM epochs ORDER BY epoch")).all()
         phase = connection.execute(sa.text("SELECT phase FROM tuner_studies")).scalar_one()
     assert phase == "done"
-    # The budget: exactly as many tickets of each optimizer, and each of them done.
-    positions = Counter((t["optimizer"], t["position"]) for t in tickets)
-    assert positions == Counter((o, p) for o in spec.optimizers for p in range(spec.budget.trials))
+    # The budget: exactly as many tickets of each contestant, and each of them done.
+    positions = Counter((t["optimizer"], t["kind"], t["position"]) for t in tickets)
+    budget = Counter(
+        (o, "search" if o in spec.optimizers else "reference", p)
+        for o in spec.contestants
+        for p in range(spec.budget.trials)
+    )
+    assert positions == budget + Counter((o, "confirm", p) for o in spec.contestants for p in range(spec.confirm.seeds))
     assert {t["state"] for t in tickets} == {"done"}
     _check_changes(ledger, tickets)
     _check_claims(ledger, grace_seconds)
@@ -322,10 +327,13 @@ def _check_optuna(database: Database, spec: StudySpec, tickets: Sequence[sa.RowM
     """
     storage = optuna.storages.RDBStorage(database.text)
     extra = 0
-    for optimizer in spec.optimizers:
-        trials = optuna.load_study(study_name=f"{spec.name}/{optimizer}", storage=storage).trials
-        mine = {t["trial_number"]: t for t in tickets if t["optimizer"] == optimizer}
-        assert len(mine) == spec.budget.trials
+    places = {(t["optimizer"], t["kind"] == "confirm") for t in tickets}
+    for optimizer, confirmed in places:
+        name = f"{spec.name}/{optimizer}/confirm" if confirmed else f"{spec.name}/{optimizer}"
+        trials = optuna.load_study(study_name=name, storage=storage).trials
+        these = [t for t in tickets if t["optimizer"] == optimizer and (t["kind"] == "confirm") == confirmed]
+        mine = {t["trial_number"]: t for t in these}
+        assert len(mine) == len(these)
         assert [t.number for t in trials] == list(range(len(trials)))
         extra += len(trials) - len(mine)
         for trial in trials:
@@ -337,7 +345,8 @@ def _check_optuna(database: Database, spec: StudySpec, tickets: Sequence[sa.RowM
             assert trial.state in TOLD[ticket["outcome"]], (trial, ticket)
             if trial.state is TrialState.COMPLETE:
                 assert trial.value == ticket["value"]
-            assert (ticket["value"] is None) == (trial.state is TrialState.FAIL), (trial, ticket)
+            if trial.state is TrialState.PRUNED and ticket["outcome"] != "pruned":
+                assert ticket["value"] is None, (trial, ticket)
     storage.remove_session()
     storage.engine.dispose()
     assert extra <= lost_while_alive

@@ -116,6 +116,7 @@ def warm_up() -> None:
             "task": {"factory": "momentum_tuner.tasks:digits_mlp", "params": {"hidden": 8}},
             "optimizers": ["sgd", "momentum"],
             "budget": {"trials": 1, "epochs": 2},
+            "confirm": {"seeds": 0},
             "fixed": {"batch_size": 512},
         }
     )

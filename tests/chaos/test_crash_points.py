@@ -39,6 +39,7 @@ PLACES = {
     "fenced": ("worker/study.py", "_finish"),
     "told": ("worker/study.py", "_finish"),
     "done": ("worker/study.py", "_finish"),
+    "opened": ("worker/study.py", "_is_over"),
 }
 """Where in the package each crash point is: file and function."""
 GRACE_SECONDS = 1.0
@@ -82,8 +83,9 @@ def crash_and_complete(nursery: Nursery, database: Database, point: str, folder:
                 "factory": "patient_task.py:build",
                 "params": {"notes": str(notes), "step_seconds": 0.03, "steps": 16},
             },
-            "optimizers": ["momentum"],
+            "optimizers": ["momentum_0.9"],
             "budget": {"trials": 4, "epochs": 3},
+            "confirm": {"seeds": 2 if point == "opened" else 0},
             "fixed": {"batch_size": 32},
         }
     )
@@ -210,6 +212,10 @@ def check_how_far_it_was(point: str, crash: Crash) -> None:
         case "done":
             done = {e.ticket_id for e in crash.ledger.results} - {a.ticket_id for a in adoptions}
             assert any(e.state == "done" and e.generation == 1 for t in done for e in crash.ledger.by_ticket[t])
+        case "opened":
+            assert adoptions == []
+            first, second = crash.ledger.beats
+            assert [e.worker_id for e in crash.ledger.results] == [first] * 4 + [second] * 2
 
 
 def number_of(file: str) -> int:

@@ -66,6 +66,7 @@ def test_64_workers_lose_nothing_and_hold_three_connections_each(database, nurse
             "task": {"factory": "momentum_tuner.tasks:quadratic"},
             "optimizers": ["momentum"],
             "budget": {"trials": TRIALS, "epochs": 1},
+            "confirm": {"seeds": 0},
             "sampler": {"name": "random"},
         }
     )

@@ -71,6 +71,7 @@ class Chaos:
                 "task": {"factory": "patient_task.py:build", "params": params},
                 "optimizers": ["sgd", "momentum", "nesterov"],
                 "budget": {"trials": TRIALS_AT_ONCE, "epochs": 3},
+                "confirm": {"seeds": 0},
                 "fixed": {"batch_size": 32},
                 "max_attempts": 100,  # a ticket that is killed three times in a row by chance shall not fail
             }
