@@ -79,6 +79,7 @@ class TrialError(Exception):
 
 
 _USER = re.compile(r"([a-zA-Z][\w+.-]*://)\S*@")  # up to the last @ of the word: a password may hold one
+_LONGEST_TRACEBACK = 4000
 _OPTION = re.compile(r"((?:password|passwd|pwd|token|secret)=)[^\s&;'\"]+", re.IGNORECASE)
 
 
@@ -95,3 +96,10 @@ def describe_failure(error: BaseException) -> str:
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines()
     return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}")[:500]
+
+
+def describe_traceback(error: BaseException) -> str:
+    """The frames of an error, deepest last, and what it says; no line of source, which may hold a secret."""
+    frames = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in traceback.extract_tb(error.__traceback__)]
+    says = "".join(traceback.format_exception_only(error)).strip()
+    return redact("\n".join([*frames, says]))[-_LONGEST_TRACEBACK:]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import sqlalchemy as sa
+import torch
 
-from momentum_tuner.database import Epoch, Ticket, Worker, database_now
+from momentum_tuner.database import Epoch, Study, Ticket, Worker, database_now
 from momentum_tuner.errors import TaskError
-from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, register_worker, stop_worker
+from momentum_tuner.tasks import describe_data, load_task
+from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, note_data, register_worker, stop_worker
 from momentum_tuner.trainer import Trainer
 from momentum_tuner.worker import StopSignal
 
@@ -18,6 +22,7 @@ from .workbench import (
     GRACE,
     OFTEN,
     RATES,
+    TESTS,
     Bench,
     Running,
     StopAfter,
@@ -321,6 +326,37 @@ def test_trials_whose_training_fails_fail_with_the_reason_and_the_worker_goes_on
     assert all("RuntimeError: this setting fails (watched_task.py:" in reason for reason in reasons[:2])
     assert reasons[2:] == [None] * 4
     assert "this setting fails" in caplog.text
+    tracebacks = [traceback for (traceback,) in bench.rows(Ticket.traceback)]
+    assert tracebacks[2:] == [None] * 4
+    for traceback in tracebacks[:2]:
+        *frames, said = traceback.splitlines()
+        assert said == "RuntimeError: this setting fails"
+        assert all(frame.startswith('File "') for frame in frames)
+        assert "watched_task.py" in frames[-1]
+
+
+def test_a_worker_notes_its_machine_and_what_the_trials_learn_from(bench, caplog):
+    study = bench.submit(RATES)
+    bench.start("a").join()
+    with bench.database.read() as session:
+        (worker,) = session.scalars(sa.select(Worker))
+        data = session.get_one(Study, study.id).data
+    assert worker.environment["torch"] == torch.__version__
+    assert worker.environment["python"] == platform.python_version()
+    assert worker.environment["cores"] == os.cpu_count()
+    assert "gpu" not in worker.environment
+    factory, params = study.spec.task.factory, study.spec.task.params
+    task = load_task(factory, params, base=TESTS, trusted=bench.options().trust)
+    assert data == describe_data(task, factory, params)
+    assert "the data here" not in caplog.text
+
+
+def test_a_worker_whose_data_are_others_warns(bench, caplog):
+    study = bench.submit(RATES)
+    note_data(bench.database, study.id, {"name": "other", "digest": "0123456789abcdef"})
+    bench.start("a").join()
+    assert "the data here is not what other workers train on" in caplog.text
+    bench.check_exact(study)
 
 
 # Which study

@@ -8,7 +8,17 @@ from momentum_tuner.database.engine import (
     tune_engine,
 )
 from momentum_tuner.database.migrate import migrate, optuna_differs
-from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
+from momentum_tuner.database.models import (
+    Base,
+    Calibration,
+    Epoch,
+    Load,
+    Study,
+    Ticket,
+    Worker,
+    database_now,
+    plain_number,
+)
 
 __all__ = [
     "UNREACHABLE",
@@ -16,6 +26,7 @@ __all__ = [
     "Calibration",
     "Database",
     "Epoch",
+    "Load",
     "Study",
     "Ticket",
     "Worker",

@@ -12,7 +12,7 @@ from momentum_tuner.database.engine import Database, engine_options
 from momentum_tuner.errors import StorageError
 
 VERSION_TABLE = "momentum_tuner_version"
-CURRENT = "0002"
+CURRENT = "0003"
 _LOCK_SECONDS = 300
 _LOCK = 0x6D6F6D656E74  # "moment", the key of PostgreSQL's advisory lock around migrations
 

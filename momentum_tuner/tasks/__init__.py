@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from momentum_tuner.tasks.adapters import from_huggingface, from_lightning
+    from momentum_tuner.tasks.content import describe_data
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
     from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
@@ -26,6 +27,7 @@ __all__ = [
     "check_objective",
     "check_task",
     "check_trust",
+    "describe_data",
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
@@ -62,6 +64,7 @@ _EXPORTS = {
     "from_huggingface": "momentum_tuner.tasks.adapters:from_huggingface",
     "from_lightning": "momentum_tuner.tasks.adapters:from_lightning",
     "is_loading": "momentum_tuner.tasks.loader:is_loading",
+    "describe_data": "momentum_tuner.tasks.content:describe_data",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }

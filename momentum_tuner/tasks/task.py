@@ -118,11 +118,12 @@ def _check_data(name: str, data: object) -> None:
             f"{where} is a one-shot iterator ({type(data).__name__}), empty after one epoch: "
             "give a list, a DataLoader, or an object whose __iter__ starts anew"
         )
-    if _length(data) == 0:
+    if length(data) == 0:
         raise TaskError(f"{where} is empty")
 
 
-def _length(data: Any) -> int | None:
+def length(data: Any) -> int | None:
+    """How many batches or rows there are, if that can be told."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):  # the second from a user's __len__ that is only declared
@@ -136,7 +137,7 @@ def _check_steps(steps: object, train: object) -> None:
         if steps is None:
             raise TaskError("Task.steps_per_epoch is missing: a landscape has no data to count an epoch by")
     elif not isinstance(train, TensorDataset):
-        batches = _length(train)
+        batches = length(train)
         if batches is None and steps is None:
             raise TaskError("Task.steps_per_epoch is missing: Task.train has no len() to count an epoch by")
         if batches is not None and steps is not None and steps > batches:

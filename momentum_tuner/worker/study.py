@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from momentum_tuner.checkpoints import CheckpointStore, SavedSlot
 from momentum_tuner.database import Database
-from momentum_tuner.errors import MomentumTunerError, StorageError, describe_failure
+from momentum_tuner.errors import MomentumTunerError, StorageError
 from momentum_tuner.faults import crash_point
 from momentum_tuner.metrics import Target, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search, TrialLostError
@@ -34,7 +34,7 @@ from momentum_tuner.tickets import (
 from momentum_tuner.trainer import AbandonedError, ScheduleSettings, SlotsOutOfMemoryError, SlotState, trainer_of
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
-from momentum_tuner.worker.results import flat_measures, rung_value, trial_settings
+from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker_options import WorkerOptions
@@ -320,7 +320,7 @@ class StudyWorker:
         except MomentumTunerError:
             raise
         except Exception as error:
-            held.end(Result("failed", reason=describe_failure(error)))
+            held.end(failure(error))
 
     def _continue(self, held: Held, saved: SavedSlot) -> bool:
         """Admit a trial where its checkpoint left it; False if that does not fit what is known of it."""
@@ -357,11 +357,11 @@ class StudyWorker:
         except MomentumTunerError:
             raise
         except Exception as error:
-            reason = describe_failure(error)
-            logger.error("an epoch failed: %s", reason)
+            failed = failure(error)
+            logger.error("an epoch failed: %s", failed.reason)
             for held in self._in(Stage.TRAINING):
                 if held.claim.ticket_id in self.trainer.failed:
-                    self._end(held, Result("failed", reason=reason))
+                    self._end(held, failed)
         self._complete()
         if any(h.last_attempt and h.claim.ticket_id in trained for h in self.held.values()):
             self.saver.hasten()  # it has come further than those that died of it, or of a neighbour
