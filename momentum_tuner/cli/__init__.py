@@ -21,6 +21,7 @@ COMMANDS = {
     "list": "momentum_tuner.cli.look:list_command",
     "best": "momentum_tuner.cli.look:best",
     "compare": "momentum_tuner.cli.compare:compare",
+    "report": "momentum_tuner.cli.report:report",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
