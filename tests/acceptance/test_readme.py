@@ -42,7 +42,7 @@ def test_the_first_command_installs_and_runs_digits_mlp():
 
 def test_commands_on_digits_mlp_run(finished):
     shell, _ = finished
-    assert len(commands("commands on digits-mlp")) == 4
+    assert len(commands("commands on digits-mlp")) == 6
     for arguments in commands("commands on digits-mlp"):
         assert shell.run(*arguments)
 
@@ -50,11 +50,23 @@ def test_commands_on_digits_mlp_run(finished):
 def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
     _, out = finished
     shown = block("output of run").strip().splitlines()
-    real = out[out.index("digits-mlp: best setting") : out.index("Paste into")].strip().splitlines()
+    start, end = out.index("digits-mlp: best setting of"), out.index("digits-mlp: best settings, the fastest first")
+    real = out[start:end].strip().splitlines()
     first_words = [[line.split()[0] if line.split() else "" for line in lines] for lines in (shown, real)]
     assert shown[0].strip() == real[0].strip()
     assert shown[2].split() == real[2].split()  # the heading
     assert sorted(first_words[0]) == sorted(first_words[1])
+
+
+def test_the_shown_verdict_has_the_headings_and_contestants_of_the_real_one(finished):
+    _, out = finished
+    shown, real = block("output of the verdict"), out[out.index("digits-mlp: best settings, the fastest first") :]
+    lines = [line.split() for line in real.splitlines()]
+    for heading in [*shown.splitlines()[:4], *(s for s in shown.splitlines() if s.startswith(("equal", " pair")))]:
+        assert heading.split() in lines, heading
+    for contestant in ("momentum_0.9", "sgd", "momentum", "nesterov"):
+        assert [contestant] in [line[:1] for line in lines]
+    assert shown.count(" / ") == real.count(" / ") == 6
 
 
 def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
