@@ -38,6 +38,7 @@ def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | N
     lines = {"Paste into your script:": f"momentum-tuner best {name} --format torch{storage}"}
     if outcome.study.spec.confirm.seeds:
         lines["How stable each is:"] = f"momentum-tuner compare {name}{storage}"
+    lines["All of it in one page:"] = f"momentum-tuner report {name}{storage}"
     if tracking_uri is not None:
         is_server = tracking_uri.startswith(("http://", "https://"))
         lines["Browse every run:"] = redact(tracking_uri) if is_server else f"momentum-tuner ui{tracking_again()}"
