@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from momentum_tuner.tasks.adapters import from_huggingface, from_lightning
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
-    from momentum_tuner.tasks.loader import load_task, trust_of
+    from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
     from momentum_tuner.tasks.loop import Loop, LoopContext
     from momentum_tuner.tasks.task import Task, check_objective, check_task
 
@@ -25,12 +25,14 @@ __all__ = [
     "Task",
     "check_objective",
     "check_task",
+    "check_trust",
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
     "double_well",
     "from_huggingface",
     "from_lightning",
+    "is_loading",
     "load_task",
     "quadratic",
     "rosenbrock",
@@ -56,8 +58,10 @@ _EXPORTS = {
     "Task": "momentum_tuner.tasks.task:Task",
     "check_objective": "momentum_tuner.tasks.task:check_objective",
     "check_task": "momentum_tuner.tasks.task:check_task",
+    "check_trust": "momentum_tuner.tasks.loader:check_trust",
     "from_huggingface": "momentum_tuner.tasks.adapters:from_huggingface",
     "from_lightning": "momentum_tuner.tasks.adapters:from_lightning",
+    "is_loading": "momentum_tuner.tasks.loader:is_loading",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }

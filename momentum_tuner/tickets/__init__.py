@@ -1,6 +1,7 @@
 """Who may run which trial: studies, tickets and workers in the database."""
 
 from momentum_tuner.tickets.confirmation import confirmation_seeds, is_confirmation_of, open_confirmation
+from momentum_tuner.tickets.pace import recent_rate
 from momentum_tuner.tickets.progress import (
     BestSetting,
     KindProgress,
@@ -78,6 +79,7 @@ __all__ = [
     "noted_trials",
     "open_confirmation",
     "read_epochs",
+    "recent_rate",
     "record_epochs",
     "register_worker",
     "set_trials",

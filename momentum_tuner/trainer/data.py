@@ -230,6 +230,15 @@ class TrainingData:
         if isinstance(task.train, TensorDataset):
             self._tensors = [place(t, device, dtype) for t in task.train.tensors]
 
+    def sample(self, examples: int) -> Batch:
+        """One and the same batch every time: the first examples, at most so many; of an iterable its first batch."""
+        train = self._task.train
+        if train is None:
+            return Batch(None, shared=True)
+        if isinstance(train, TensorDataset):
+            return Batch(tuple(t[:examples] for t in self._tensors), shared=True)
+        return next(LoaderSource(train, 1, self._device, self._dtype).epoch([(0, 1)]))
+
     def source(self, batch_size: int) -> Source:
         """The minibatches at one batch size (of no effect for iterables and landscapes)."""
         steps = self._task.steps_per_epoch
@@ -282,11 +291,11 @@ class Validation:
         assert self._iterable is not None
         for raw in seeded_iterator(self._iterable, 0):
             batch = place(raw, self._device, self._dtype)
-            yield ValidationBatch(Batch(batch, shared=True), _examples(batch))
+            yield ValidationBatch(Batch(batch, shared=True), count_examples(batch))
 
 
-def _examples(batch: Any) -> int:
-    """Length of the first tensor's first axis, also of a tensor that an object of the user's own holds."""
+def count_examples(batch: Any) -> int:
+    """Length of the first tensor's first axis, also of one that an object of the user's own holds; 1 without any."""
     for value in tree_flatten(batch)[0]:
         if isinstance(value, Tensor) and value.ndim:
             return len(value)

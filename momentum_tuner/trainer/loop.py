@@ -135,9 +135,15 @@ class LoopTrainer:
         """
         return self._slots[key].saved
 
-    def sharpness(self, keys: Sequence[Hashable]) -> dict[Hashable, float | None]:
+    def sharpness(
+        self, keys: Sequence[Hashable], pause: Callable[[], bool] | None = None
+    ) -> dict[Hashable, float | None]:
         """None for each trial: what a loop trains is its own."""
         return dict.fromkeys(keys)
+
+    def stability_margin(self, key: Hashable, sharpness: float) -> float | None:
+        """None, as there is no sharpness."""
+        return None
 
     def train_epoch(self, pause: Callable[[], bool] | None = None) -> Iterator[tuple[Hashable, EpochRecord]]:
         """Train every slot for one epoch, one after the other, and yield its record.

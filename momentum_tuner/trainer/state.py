@@ -49,6 +49,11 @@ class TrialSettings:
         neutral = float("inf") if name == "clip_norm" else 0.0
         return float(constants.get(name, self.hyperparameters.get(name, neutral)))
 
+    @property
+    def penalty(self) -> float:
+        """Curvature of the L2 penalty that its gradient includes: none where weight decay is decoupled from it."""
+        return 0.0 if self.rule.name == "adamw" else self.value("weight_decay")
+
 
 @dataclass(frozen=True)
 class SlotState:
