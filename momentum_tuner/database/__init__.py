@@ -7,7 +7,7 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_engine,
 )
-from momentum_tuner.database.migrate import migrate, optuna_differs
+from momentum_tuner.database.migrate import is_current, migrate, optuna_differs
 from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "database_now",
     "engine_options",
     "insert_new",
+    "is_current",
     "migrate",
     "optuna_differs",
     "plain_number",
