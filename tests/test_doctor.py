@@ -399,7 +399,7 @@ def strict_server(tmp_path, empty_mlflow_file):
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--allowed-hosts", "mlflow.example"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **quiet)
     try:
         deadline = time.monotonic() + 60
