@@ -13,7 +13,8 @@
     │   └── MissingExtraError     an optional package is not installed
     └── StudyFailedError          the work itself failed: exit code 1
 
-A trial that diverges is a result (`outcome = "diverged"`), not an exception.
+A trial that diverges is a result (`outcome = "diverged"`), not an exception. `TrialError` is not of this tree: it
+fails one trial, and the study goes on.
 """
 
 import re
@@ -73,6 +74,10 @@ class StudyFailedError(MomentumTunerError):
     """The study could not be brought to its end."""
 
 
+class TrialError(Exception):
+    """A trial cannot go on, for the reason that the message says in full."""
+
+
 _USER = re.compile(r"([a-zA-Z][\w+.-]*://)\S*@")  # up to the last @ of the word: a password may hold one
 _OPTION = re.compile(r"((?:password|passwd|pwd|token|secret)=)[^\s&;'\"]+", re.IGNORECASE)
 
@@ -84,6 +89,8 @@ def redact(text: str) -> str:
 
 def describe_failure(error: BaseException) -> str:
     """One line on what went wrong and where, without secrets."""
+    if isinstance(error, TrialError):
+        return redact(str(error))[:500]
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines()

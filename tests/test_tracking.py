@@ -143,6 +143,7 @@ def finish(database: Database, *results: tuple[Claim, Result, list[EpochRecord]]
 
 def complete(value: float, count: int = 4) -> Result:
     measures = {"best_valid_loss": value, "mean_valid_loss": value + 0.1, "steps": STEPS * count, "epochs": count}
+    measures |= {"sharpness": 12.5, "stability_margin": 0.75}
     return Result("complete", value, measures)
 
 
@@ -319,6 +320,8 @@ def test_each_curve_has_every_epoch_once_at_its_real_step_and_time(database, mak
         "best_valid_loss": [(*end, 0.25)],
         "mean_valid_loss": [(*end, 0.35)],
         "objective": [(*end, 0.25)],
+        "sharpness": [(*end, 12.5)],
+        "stability_margin": [(*end, 0.75)],
     }
     assert [r.step for r in rows] == [0, 23, 46, 69, 92]
     assert run.data.metrics["valid_loss"] == rows[-1].valid_loss, "the last one is shown as the latest"

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": "momentum_tuner.cli.look:status",
     "list": "momentum_tuner.cli.look:list_command",
     "best": "momentum_tuner.cli.look:best",
+    "compare": "momentum_tuner.cli.compare:compare",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
@@ -81,6 +82,7 @@ def cli() -> None:
     momentum-tuner init demo && cd demo      a study file and a task file to start from
     momentum-tuner run study.yaml            tune them, well under a minute
     momentum-tuner best demo --format torch  the line to paste into your script
+    momentum-tuner compare demo              which is faster, and how sure that is
     momentum-tuner ui                        every run in MLflow
 
     \b

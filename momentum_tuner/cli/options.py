@@ -53,6 +53,11 @@ checkpoints_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def _absolute(_: click.Context, __: click.Parameter, entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Entries of `--trust` that mean the same in every working directory."""
+    return tuple(str(Path(entry).absolute()) if entry.endswith(".py") else entry for entry in entries)
+
+
 def worker_options(command: Command) -> Command:
     """Options of the commands that start workers."""
     for option in (
@@ -60,6 +65,7 @@ def worker_options(command: Command) -> Command:
             "--trust",
             metavar="PACKAGE",
             multiple=True,
+            callback=_absolute,
             help="A package, or the path of a task file, that workers may import. Repeatable.",
         ),
         click.option(

@@ -49,7 +49,7 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting], width: int)
     outcomes = _outcomes(progress) if width >= WIDE else []
     two_aims = any(b.second_objective is not None for b in best)
     title = "settings that none is better than in both aims" if two_aims else "best setting of each optimizer"
-    table = _table(f"{progress.study}: {title}")
+    table = plain_table(f"{progress.study}: {title}")
     table.add_column("optimizer", no_wrap=True)
     aims = ("first aim", "second aim") if two_aims else ()
     for name in ("learning rate", "momentum", *aims, "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
@@ -63,9 +63,9 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting], width: int)
             b.optimizer,
             f"{b.settings['learning_rate']:.4g}",
             "-" if momentum is None else short_momentum(momentum),
-            *([_number(b.objective), _number(b.second_objective)] if two_aims else []),
-            _number(b.measures.get("best_valid_loss")),
-            *(_number(b.measures.get(m)) for m in metrics),
+            *([number(b.objective), number(b.second_objective)] if two_aims else []),
+            number(b.measures.get("best_valid_loss")),
+            *(number(b.measures.get(m)) for m in metrics),
             str(b.trial),
         ]
         again = b.optimizer in shown
@@ -86,7 +86,7 @@ def progress_table(progress: StudyProgress, reference: str | None) -> Table:
         reference: the optimizer that the others are compared with.
     """
     names = ["running", "pruned", "diverged", *(["failed"] if any(o.failed for o in progress.optimizers) else [])]
-    table = _table(f"{progress.study}: {progress.phase}")
+    table = plain_table(f"{progress.study}: {progress.phase}")
     table.add_column("optimizer", no_wrap=True)
     for name in ("done", "run", *names[1:]):
         table.add_column(name, justify="right", no_wrap=True)
@@ -97,7 +97,7 @@ def progress_table(progress: StudyProgress, reference: str | None) -> Table:
             o.optimizer,
             f"{o.done}/{o.tickets}",
             *(str(getattr(o, name)) for name in names),
-            _number(o.best),
+            number(o.best),
             setting_text(o.best_setting or {}),
         )
     for what, kind in ((reference or "reference", progress.reference), ("confirmation", progress.confirm)):
@@ -108,7 +108,7 @@ def progress_table(progress: StudyProgress, reference: str | None) -> Table:
 
 def workers_table(progress: StudyProgress) -> Table:
     """Who works on the study."""
-    table = _table("workers")
+    table = plain_table("workers")
     for name in ("worker", "node", "device", "slots", "state", "heartbeat"):
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
@@ -118,7 +118,7 @@ def workers_table(progress: StudyProgress) -> Table:
 
 def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
     """All studies of a database."""
-    table = _table("studies")
+    table = plain_table("studies")
     table.add_column("study")
     table.add_column("phase")
     table.add_column("done", justify="right")
@@ -141,10 +141,11 @@ def _outcomes(progress: StudyProgress) -> list[str]:
     return [*names, "failed"] if any(o.failed for o in progress.optimizers) else names
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     """A table without frame, narrow enough for 80 columns."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """To 4 significant digits; `-` if it is missing."""
     return "-" if value is None else f"{value:.4g}"

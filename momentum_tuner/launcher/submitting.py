@@ -13,7 +13,7 @@ from momentum_tuner.tasks import check_trust, trust_of
 from momentum_tuner.tickets import StudyRecord, find_study, submit_study
 
 if TYPE_CHECKING:
-    from momentum_tuner.tasks import Task
+    from momentum_tuner.tasks import Loop, Task
 
 
 def read_study(study_file: Path) -> tuple[StudySpec, Path, tuple[str, ...]]:
@@ -77,7 +77,7 @@ def known_study(database: Database, name: str) -> StudyRecord | None:
         return None
 
 
-def load_checked_task(spec: StudySpec, folder: Path | None, trusted: Sequence[str]) -> Task:
+def load_checked_task(spec: StudySpec, folder: Path | None, trusted: Sequence[str]) -> Task | Loop:
     """A study's task, once it has shown that it can be trained and measures what the search aims at.
 
     Raises:

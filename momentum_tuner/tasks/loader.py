@@ -26,6 +26,7 @@ from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import BUILT_IN
 
 if TYPE_CHECKING:
+    from momentum_tuner.tasks.loop import Loop
     from momentum_tuner.tasks.task import Task
 
 _BUILT_IN_MODULE = "momentum_tuner.tasks"
@@ -105,7 +106,9 @@ def _trusted(factory: str, base: Path | None, trusted: Collection[str]) -> _Refe
     return reference
 
 
-def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, trusted: Collection[str] = ()) -> Task:
+def load_task(
+    factory: str, params: Mapping[str, Any], *, base: Path | None, trusted: Collection[str] = ()
+) -> Task | Loop:
     """Import a factory, if it is trusted, and call it.
 
     While it loads, `base` and the working directory are importable. A file is read anew each time.
@@ -118,9 +121,10 @@ def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, tru
 
     Raises:
         TaskError: in one line, why the factory is refused (before anything is imported), is not found, or
-            does not take `params`; what it raised and where; or what it returned in place of a `Task`.
+            does not take `params`; what it raised and where; or what it returned in place of a `Task` or `Loop`.
     """
     reference = _trusted(factory, base, trusted)
+    from momentum_tuner.tasks.loop import Loop
     from momentum_tuner.tasks.task import Task, user_code
 
     with _noted(), _importable(reference, base):
@@ -129,7 +133,7 @@ def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, tru
         _check_params(factory, build, params)
         with user_code(f"task.factory {factory!r}"):
             task = build(**params)
-    if not isinstance(task, Task):
+    if not isinstance(task, Task | Loop):
         kind = type(task).__name__
         raise TaskError(f"task.factory {factory!r} must return a momentum_tuner.Task, not {kind}")
     return task

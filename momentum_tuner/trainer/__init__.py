@@ -1,10 +1,14 @@
 """Slots: admit, run an epoch, release, export and import one slot's state."""
 
+from momentum_tuner.trainer.loop import LoopTrainer, trainer_of
 from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
+from momentum_tuner.trainer.patience import AbandonedError
 from momentum_tuner.trainer.state import SlotState, TrialSettings
 from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
 
 __all__ = [
+    "AbandonedError",
+    "LoopTrainer",
     "ScheduleSettings",
     "SlotState",
     "SlotsOutOfMemoryError",
@@ -12,4 +16,5 @@ __all__ = [
     "TrialSettings",
     "UnfinishedStepError",
     "is_out_of_memory",
+    "trainer_of",
 ]

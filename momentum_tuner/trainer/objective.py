@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
-from momentum_tuner.trainer.dropout import key_dropout
 from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
+from momentum_tuner.trainer.wrapper import Wrapper
 
 PARITY_TOLERANCE = 1e-2
 """Relative difference of a fused gradient from a solo one above which a model is not trusted to vmap."""
@@ -35,54 +36,6 @@ class Start:
 
     row: Tensor
     buffers: dict[str, Tensor]
-
-
-class _Wrapper(nn.Module):
-    """The task's model, with its loss and metrics as the forward pass, so that `functional_call` reaches all."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model = model
-        self.task = task
-        self.key_names, self._calls = key_dropout(model)
-
-    def forward(self, batch: Any) -> Tensor:
-        self._calls.made = 0
-        if self.training:
-            return self.task.loss(self.model, batch)
-        with _called_once(self.model):
-            loss = self.task.loss(self.model, batch)
-            others = [metric(self.model, batch) for metric in self.task.metrics.values()]
-        return torch.stack([loss, *(m.to(loss.dtype) for m in others)])
-
-
-@contextmanager
-def _called_once(model: nn.Module) -> Iterator[None]:
-    """Let the loss and the metrics share one forward pass, where they call the model on the very same tensors.
-
-    An output that was changed in place since is not given out again.
-    """
-    seen: list[tuple[tuple[Any, ...], Tensor, int]] = []
-    before = model.__dict__.get("forward")
-    forward = model.forward
-
-    def remembering(*args: Any, **kwargs: Any) -> Any:
-        for known, out, version in seen:
-            same = len(known) == len(args) and all(a is b for a, b in zip(known, args, strict=True))
-            if same and not kwargs and out._version == version:
-                return out
-        out = forward(*args, **kwargs)
-        if isinstance(out, Tensor) and not kwargs:
-            seen.append((args, out, out._version))
-        return out
-
-    model.__dict__["forward"] = remembering
-    try:
-        yield
-    finally:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before
 
 
 class Objective:
@@ -106,7 +59,7 @@ class Objective:
         self.validation = Validation(task, device, self._dtype)
         with RandomStream(0):
             model = self._build()
-        self.wrapper = _Wrapper(model, task)
+        self.wrapper = Wrapper(model, task)
         self.keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
         self.layout = Layout.of(model)
         first = self._start(0)
@@ -117,6 +70,7 @@ class Objective:
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
         """Shape and dtype of the buffers that each slot has of its own."""
         self._native = False
+        self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
         self.reason: str | None = "asked for"
         if mode != "sequential":
             why = self._why_not_fused(probe)
@@ -182,6 +136,39 @@ class Objective:
             return self._fused_evaluation(rows, buffers, data)
         return self._evaluate_one_by_one(rows, buffers, data, part)
 
+    def smooth_loss(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, fused: bool) -> Tensor:
+        """The training loss `[slots]` at `rows` on one batch that all slots share, to be differentiated twice.
+
+        Without dropout and autocast, whose noise and rounding are no part of the landscape. Batch norm normalizes by
+        the batch, as it does where the optimizer takes its steps.
+
+        Args:
+            rows: `[slots, parameters]`.
+            buffers: copies of the slots' own buffers by name, which batch norm writes to.
+            data: the batch.
+            fused: all slots at once or one after the other.
+        """
+        self.wrapper.calm()
+
+        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            return self._call(row, own, data.tensors, None, rounded=False)[0]
+
+        def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            loss: Tensor = vjp(lambda row: one(row, own), row)[0]  # as in `_fused_evaluation`
+            return loss
+
+        # Neither the fast kernels of attention nor the libraries' recurrent layers have a second derivative.
+        with sdpa_kernel(SDPBackend.MATH), self._operations(self._native or self._recurrent), torch.enable_grad():
+            if fused:
+                losses: Tensor = vmap(taken_apart, randomness="error")(rows, buffers)
+                return losses
+            found = []
+            with RandomStream(0) as stream:
+                for slot in range(len(rows)):
+                    stream.reseed(0)
+                    found.append(one(rows[slot], {name: value[slot] for name, value in buffers.items()}))
+        return torch.stack(found)
+
     def check_shared(self) -> None:
         """See that nothing has written to what all slots share.
 
@@ -220,18 +207,15 @@ class Objective:
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
-        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
+        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None, rounded: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The wrapper's output, and the buffers as the forward pass left them."""
+        """The wrapper's output, under autocast if that is asked for and `rounded`; the buffers as it left them."""
         state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
         state |= self.shared
         state |= buffers
         if key is not None:
             state |= dict.fromkeys(self.keys, key)
-        if self.autocast:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                out = functional_call(self.wrapper, state, (batch,))
-        else:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast and rounded else nullcontext():
             out = functional_call(self.wrapper, state, (batch,))
         for name, value in self.shared.items():
             if state[name] is not value:
@@ -250,7 +234,7 @@ class Objective:
         batched = None if batch.shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch.tensors)
         in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
-        with self._operations():
+        with self._operations(self._native):
             grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
         return grads, aux
 
@@ -282,7 +266,7 @@ class Objective:
             out: Tensor = vjp(forward, row)[0]
             return out
 
-        with self._operations(), torch.no_grad():
+        with self._operations(self._native), torch.no_grad():
             fused: Tensor = vmap(one, randomness="error")(rows, buffers)
         return fused
 
@@ -297,9 +281,9 @@ class Objective:
         return torch.stack(found)
 
     @contextmanager
-    def _operations(self) -> Iterator[None]:
-        """Torch's own operations in place of oneDNN's and cuDNN's while slots are fused, if the model needs that."""
-        if not self._native:
+    def _operations(self, native: bool) -> Iterator[None]:
+        """Torch's own operations in place of oneDNN's and cuDNN's, if `native`."""
+        if not native:
             yield
             return
         onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
@@ -344,14 +328,14 @@ class Objective:
             ("loss", losses, solo_losses),
             ("validation loss", evaluated[:, 0], solo_evaluated[:, 0]),
         ):
-            difference = _relative_difference(ours, theirs)
+            difference = relative_difference(ours, theirs)
             # bfloat16 rounds the two so coarsely that nothing follows from a difference.
             if difference > PARITY_TOLERANCE and not self.autocast:
                 return f"its fused {what} differs from the solo one by {difference:.1%}"
         return None
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm expected; infinite where only one of them is finite."""
     finite = found.isfinite()
     if not torch.equal(finite, expected.isfinite()):

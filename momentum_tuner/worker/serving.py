@@ -12,7 +12,7 @@ import torch
 from momentum_tuner.checkpoints import CheckpointStore
 from momentum_tuner.database import Database
 from momentum_tuner.errors import StorageError, StudyFailedError, TaskError
-from momentum_tuner.tasks import Task, check_task, load_task
+from momentum_tuner.tasks import Loop, Task, check_task, load_task
 from momentum_tuner.tickets import (
     HEARTBEAT_SECONDS,
     Heartbeat,
@@ -121,7 +121,7 @@ class Worker:
             elsewhere
         )
 
-    def _load(self, study: StudyRecord) -> Task:
+    def _load(self, study: StudyRecord) -> Task | Loop:
         folder = Path(study.folder) if study.folder else None
         task = load_task(study.spec.task.factory, study.spec.task.params, base=folder, trusted=self.options.trust)
         check_task(task)
