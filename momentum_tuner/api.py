@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -293,11 +292,11 @@ def compare(name: str, *, storage: str | None = None) -> Comparison:
     Raises:
         StudyNotFoundError: there is no such study.
     """
-    compare_study = import_module("momentum_tuner.comparison").compare_study
+    from momentum_tuner.comparison import compare_study
+
     database = options.open_database(_storage(storage))
     try:
-        found: Comparison = compare_study(database, find_study(database, name))
-        return found
+        return compare_study(database, find_study(database, name))
     finally:
         database.close()
 

@@ -215,7 +215,7 @@ def test_the_map_has_every_trial_that_ended_and_the_predicted_edge(make_spec, da
 
 
 def test_the_sharpness_comes_from_completed_search_trials_where_none_was_confirmed(make_spec, sqlite_database):
-    study = Recorded(sqlite_database, make_spec(optimizers=["sgd", "adam"]))
+    study = Recorded(sqlite_database, make_spec(optimizers=["sgd", "adam"], confirm={"seeds": 10}))
     for value, sharpness in ((0.5, 3.0), (0.4, 5.0), (0.3, 100.0)):
         study.search("sgd", value, 0.1, sharpness=sharpness)
     study.search("sgd", 2.0, 0.5, outcome="diverged", sharpness=9.0)

@@ -15,7 +15,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs and cores, as the launcher sees it."""
 
     def machine(gpus: int, cores: int = 8) -> None:
-        monkeypatch.setattr(devices, "_may_have_gpu", lambda: gpus > 0)
+        monkeypatch.setattr(devices, "may_have_gpu", lambda: gpus > 0)
         monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
         monkeypatch.setattr(devices, "available_cores", lambda: cores)
 

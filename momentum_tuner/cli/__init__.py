@@ -25,6 +25,7 @@ COMMANDS = {
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
+    "doctor": "momentum_tuner.cli.doctor:doctor",
 }
 """Where each command is defined, in the order in which help lists them; a module is imported when it is asked for."""
 

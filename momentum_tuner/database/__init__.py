@@ -7,7 +7,7 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_engine,
 )
-from momentum_tuner.database.migrate import migrate, optuna_differs
+from momentum_tuner.database.migrate import is_current, migrate, optuna_differs
 from momentum_tuner.database.models import (
     Base,
     Calibration,
@@ -33,6 +33,7 @@ __all__ = [
     "database_now",
     "engine_options",
     "insert_new",
+    "is_current",
     "migrate",
     "optuna_differs",
     "plain_number",
