@@ -73,7 +73,7 @@ def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direct
         return Importance(optimizer, len(trials), reason="only one hyperparameter is searched")
     whole = _shares(trials, names, direction)
     if whole is None:
-        return Importance(optimizer, len(trials), reason="all trials are equally good")
+        return Importance(optimizer, len(trials), reason="its trials do not differ enough")
     draws = random.Random(0)
     again = [_shares(draws.choices(trials, k=len(trials)), names, direction) for _ in range(_RESAMPLES)]
     spread = {name: sorted(shares[name] for shares in again if shares is not None) for name in names}
@@ -101,5 +101,9 @@ def _shares(trials: Sequence[FrozenTrial], names: Sequence[str], direction: Dire
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        warnings.simplefilter("error", UserWarning)  # its best tenth is all trials: then it would call all names equal
+        try:
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except UserWarning:
+            return None
     return {name: float(found.get(name, 0.0)) for name in names}

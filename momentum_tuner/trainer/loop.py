@@ -28,7 +28,7 @@ from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 4.0
 """How long an epoch may go on when the worker is to stop: after 8 s the worker is killed, and it has to save first."""
 
 
