@@ -144,6 +144,9 @@ SAMPLERS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+DESIGNS = frozenset({"qmc", "grid"})
+"""The samplers whose points are drawn before the search begins."""
+
 PRUNERS: Mapping[str, str] = MappingProxyType(
     {
         "successive_halving": "asynchronous successive halving",

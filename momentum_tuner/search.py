@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
 from momentum_tuner.errors import StorageError
 from momentum_tuner.faults import crash_point
+from momentum_tuner.simplex import SimplexSampler
 from momentum_tuner.space import distributions, grid, settings
 from momentum_tuner.spec import StudySpec
 
@@ -331,6 +332,14 @@ def make_sampler(spec: StudySpec, worker_seed: int, number: int) -> optuna.sampl
         number: the trial's number; each is drawn with a seed of its own.
     """
     seed = int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0])
+    sampler = _broad_sampler(spec, seed)
+    first_refined = spec.budget.trials - (spec.sampler.refine or 0)
+    if number < first_refined:
+        return sampler
+    return SimplexSampler(first_refined, maximize=spec.objective.direction == "maximize", before=sampler)
+
+
+def _broad_sampler(spec: StudySpec, seed: int) -> optuna.samplers.BaseSampler:
     match spec.sampler.name:
         case "gp":
             return optuna.samplers.GPSampler(seed=seed)

@@ -573,6 +573,16 @@ MISTAKES = [
         "sampler: the grid of nesterov has 1000000 points, more than 100000; lower sampler.points",
     ),
     ({"sampler": "{name: tpe, points: 4}"}, "sampler.points: only the grid sampler has points; leave it out"),
+    # refinement
+    ({"sampler": "{name: qmc, refine: 4}"}, "sampler.refine: the points of qmc are fixed in advance; leave it out"),
+    (
+        {"sampler": "{name: tpe, refine: 8}", "budget": "{trials: 8, epochs: 1}"},
+        "sampler.refine: 8 is not allowed; it must be below budget.trials (8)",
+    ),
+    (
+        {"sampler": "{name: tpe, refine: 4}", "objective": "[steps_to_target, oscillation]"},
+        "sampler.refine: two aims have no single best trial to refine; leave it out",
+    ),
     # hostile text
     ({"name": "../x"}, f"name: '../x' is not allowed; it must be {NAMES}"),
     ({"name": "<script>alert(1)</script>"}, f"name: '<script>alert(1)</script>' is not allowed; it must be {NAMES}"),

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
-from momentum_tuner.catalog import PRUNERS, SAMPLERS, SCHEDULE_OPTIONS, SCHEDULES
+from momentum_tuner.catalog import DESIGNS, PRUNERS, SAMPLERS, SCHEDULE_OPTIONS, SCHEDULES
 from momentum_tuner.spec.mistakes import check_all, is_number, mistake, not_allowed, one_of, refuse, shown, unknown
 
 Param: TypeAlias = bool | int | float | str | Sequence["Param"] | None
@@ -224,25 +224,34 @@ class BudgetSpec(Section):
 
 
 class SamplerSpec(Section):
-    """Who proposes the settings; `points`, the values per range, is for the grid only."""
+    """Who proposes the settings.
+
+    `points`, the values per range, is for the grid only; `refine` is how many trials of each contestant, the last ones,
+    close in on the best before them, one after the other.
+    """
 
     name: Annotated[str, BeforeValidator(one_of(SAMPLERS))] = "tpe"
     points: Annotated[int | None, count(2, _MOST_POINTS)] = None
+    refine: Annotated[int | None, count(1)] = None
 
     @model_validator(mode="wrap")
     @classmethod
-    def _points_of_a_grid(cls, document: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _options_of_each(cls, document: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(document, Mapping):
             return handler(document)
-        if document.get("name") == "grid":
-            return handler({**document, "points": 8} if document.get("points") is None else document)
         mistakes = []
-        if document.get("points") is not None and document.get("name", "tpe") in list(SAMPLERS):
+        if document.get("refine") is not None and document.get("name") in DESIGNS:
+            mistakes.append(
+                mistake(("refine",), f"the points of {document['name']} are fixed in advance; leave it out")
+            )
+        if document.get("name") == "grid":
+            document = {**document, "points": 8} if document.get("points") is None else document
+        elif document.get("points") is not None and document.get("name", "tpe") in list(SAMPLERS):
             mistakes.append(mistake(("points",), "only the grid sampler has points; leave it out"))
         return check_all(handler, document, mistakes)
 
     @model_serializer(mode="wrap")
-    def _without_points(self, handler: Any) -> dict[str, object]:
+    def _without_none(self, handler: Any) -> dict[str, object]:
         return {key: value for key, value in handler(self).items() if value is not None}
 
 

@@ -143,6 +143,19 @@ class StudySpec(Section):
         refuse(mistakes)
         return sampler
 
+    @field_validator("sampler")
+    @classmethod
+    def _refines_a_search(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:
+        budget, objective = info.data.get("budget"), info.data.get("objective")
+        mistakes = []
+        if sampler.refine is not None and isinstance(budget, BudgetSpec) and sampler.refine >= budget.trials:
+            text = not_allowed(sampler.refine, f"below budget.trials ({budget.trials})")
+            mistakes.append(mistake(("refine",), text))
+        if sampler.refine is not None and isinstance(objective, ObjectiveSpec) and objective.second is not None:
+            mistakes.append(mistake(("refine",), "two aims have no single best trial to refine; leave it out"))
+        refuse(mistakes)
+        return sampler
+
     @field_validator("target", mode="before")
     @classmethod
     def _auto_or_number(cls, target: object) -> object:
