@@ -12,7 +12,7 @@ from momentum_tuner.report.evidence import Evidence, gather
 from momentum_tuner.report.page import render, render_figures
 from momentum_tuner.report.sections import Section, Table, sections
 from momentum_tuner.report.trials import trials_csv
-from momentum_tuner.report.words import fairness, headline, target_words
+from momentum_tuner.report.words import fairness, headline, pair_words, target_words
 from momentum_tuner.tickets import StudyRecord
 
 PAGES: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -73,7 +73,7 @@ def _verdicts(evidence: Evidence) -> dict[str, str]:
 
 def _pair(pair: Pair) -> str:
     numbers = f"steps {pair.a} / {pair.b}: {pair.speed_ratio:.3g}, 95% interval {pair.low:.3g} to {pair.high:.3g}"
-    return f"{pair.verdict}; {numbers}, p = {pair.p:.2g}"
+    return f"{pair_words(pair)}; {numbers}, p = {pair.p:.2g}"
 
 
 def _description(evidence: Evidence, found: Sequence[Section]) -> str:
