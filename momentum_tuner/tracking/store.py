@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PARENT = ""
 """The key of the parent among the runs, where a child's is its ticket."""
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""The tag by which MLflow's pages show training runs; without it they show those of language models."""
+"""The type of an experiment on MLflow's pages, which guess one where the tag is missing."""
 
 
 def check_tracking_uri(uri: str) -> str:

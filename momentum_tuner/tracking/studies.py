@@ -117,7 +117,7 @@ def study_points(spec: StudySpec, ended: Sequence[EndedTrial], shown: int) -> li
 
 
 def load_points(loads: Sequence[Load], created_at: float) -> list[Point]:
-    """How busy workers were, under the names that MLflow gives the machines of one run: `system/<worker>/...`.
+    """How busy workers were, under the names of MLflow, each with the worker: `system/<name>.<worker>`.
 
     The steps are seconds since the study was created, so that all workers share one axis. CPU and memory are those of
     the worker's process: 100% are one core.
@@ -131,7 +131,7 @@ def load_points(loads: Sequence[Load], created_at: float) -> list[Point]:
         }
         timestamp, step = int(load.sampled_at * 1000), int(load.sampled_at - created_at)
         points += [
-            Point(f"system/{load.worker_id}/{name}", float(value), timestamp, step)
+            Point(f"system/{name}.{load.worker_id}", float(value), timestamp, step)
             for name, value in values.items()
             if value is not None and is_number(value)
         ]
@@ -155,8 +155,9 @@ def data_input(data: Mapping[str, Any]) -> DatasetInput:
 
 def beginning(name: str, phase: str) -> str:
     """The description of a study that is not done, in Markdown."""
-    doing = {"search": "The search is running.", "confirm": "The best settings are being confirmed on fresh seeds."}
+    missing = {"search": "The search is", "confirm": "The confirmation of the best settings on fresh seeds is"}
     return (
-        f"{doing.get(phase, 'The study is done.')} There is no verdict yet: `momentum-tuner status {name}` says how "
-        "far it is.\n\nThe study file is among the artifacts; `momentum-tuner run study.yaml` does it again."
+        f"{missing.get(phase, 'The study is')} not complete, so there is no verdict yet: "
+        f"`momentum-tuner status {name}` says how far it is.\n\n"
+        "The study file is among the artifacts; `momentum-tuner run study.yaml` does it again."
     )
