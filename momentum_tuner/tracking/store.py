@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 PARENT = ""
 """The key of the parent among the runs, where a child's is its ticket."""
-EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""The type of an experiment on MLflow's pages, which guess one where the tag is missing."""
 
 
 def check_tracking_uri(uri: str) -> str:
@@ -225,14 +223,11 @@ class RunStore:
 
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
-            made: str = self._client.create_experiment(self._experiment, tags=EXPERIMENT_KIND)
+            made: str = self._client.create_experiment(self._experiment)
             return made
         if found.lifecycle_stage == LifecycleStage.DELETED:
             self._client.restore_experiment(found.experiment_id)
         experiment_id: str = found.experiment_id
-        for name, kind in EXPERIMENT_KIND.items():
-            if name not in found.tags:
-                self._client.set_experiment_tag(experiment_id, name, kind)
         return experiment_id
 
     def _search(self) -> Iterator[Any]:
