@@ -333,10 +333,9 @@ def make_sampler(spec: StudySpec, worker_seed: int, number: int) -> optuna.sampl
     """
     seed = int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0])
     sampler = _broad_sampler(spec, seed)
-    first_refined = spec.budget.trials - (spec.sampler.refine or 0)
-    if number < first_refined:
+    if spec.sampler.refine is None or number < (first := spec.budget.trials - spec.sampler.refine):
         return sampler
-    return SimplexSampler(first_refined, maximize=spec.objective.direction == "maximize", before=sampler)
+    return SimplexSampler(first, maximize=spec.objective.direction == "maximize", before=sampler)
 
 
 def _broad_sampler(spec: StudySpec, seed: int) -> optuna.samplers.BaseSampler:

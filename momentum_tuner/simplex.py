@@ -68,7 +68,7 @@ class SimplexSampler(optuna.samplers.BaseSampler):
     def _proposal(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> tuple[Mapping[str, Any], Mapping[str, BaseDistribution]] | None:
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and t.params]
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         begin = min((t for t in trials if t.number < self._first), key=self._value, default=None)
         if begin is None or self._value(begin) >= _WORST:
             return None
@@ -77,10 +77,13 @@ class SimplexSampler(optuna.samplers.BaseSampler):
             for name, distribution in begin.distributions.items()
             if isinstance(distribution, FloatDistribution) and distribution.low < distribution.high
         }
+        placed = [
+            t for t in trials if ranges.keys() <= t.params.keys()
+        ]  # another process may be in the midst of asking
         point = _next_point(
             _place(begin, ranges),
-            np.array([_place(t, ranges) for t in trials]),
-            np.array([self._value(t) for t in trials]),
+            np.array([_place(t, ranges) for t in placed]),
+            np.array([self._value(t) for t in placed]),
         )
         if point is None:
             return None
