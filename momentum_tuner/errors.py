@@ -104,7 +104,14 @@ def describe_failure(error: BaseException) -> str:
 
 
 def describe_traceback(error: BaseException) -> str:
-    """The frames of an error, deepest last, and what it says; no line of source, which may hold a secret."""
+    """The innermost frames of an error, deepest last, and what it says; no line of source, which may hold a secret."""
     frames = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in traceback.extract_tb(error.__traceback__)]
-    says = "".join(traceback.format_exception_only(error)).strip()
-    return redact("\n".join([*frames, says]))[-_LONGEST_TRACEBACK:]
+    says = redact("".join(traceback.format_exception_only(error)).strip())[-_LONGEST_TRACEBACK:]
+    room = _LONGEST_TRACEBACK - len(says)
+    kept: list[str] = []
+    for frame in map(redact, reversed(frames)):  # the deepest tell most
+        room -= len(frame) + 1
+        if room < 0:
+            break
+        kept.insert(0, frame)
+    return "\n".join([*kept, says])

@@ -51,6 +51,23 @@ def test_a_traceback_has_every_frame_and_neither_a_secret_nor_a_line_of_source()
     assert "hunter2" not in "".join(frames)
 
 
+def test_a_long_traceback_keeps_its_deepest_frames_whole():
+    def fall(depth):
+        if depth == 0:
+            raise ValueError("the bottom")
+        fall(depth - 1)
+
+    try:
+        fall(200)
+    except ValueError as error:
+        text = describe_traceback(error)
+    *frames, said = text.splitlines()
+    assert said == "ValueError: the bottom"
+    assert 3800 < len(text) <= 4000
+    assert len(frames) > 10
+    assert all(frame.startswith('File "') and frame.endswith(" in fall") for frame in frames)
+
+
 def test_bad_input_exits_with_2_and_failed_work_with_1():
     assert InputError.exit_code == 2
     assert MomentumTunerError.exit_code == 1

@@ -16,7 +16,7 @@ from momentum_tuner.comparison.confirmation import read_confirmation
 from momentum_tuner.comparison.outcome import plain_values
 from momentum_tuner.database import Database, Ticket
 from momentum_tuner.metrics import stability_bound
-from momentum_tuner.tickets import StudyRecord, best_settings
+from momentum_tuner.tickets import StudyRecord, best_settings, search_kind
 
 WITHIN = 0.05
 """How much worse than the best an objective may be to count as good."""
@@ -135,7 +135,7 @@ def search_trials(database: Database, study: StudyRecord, optimizer: str) -> lis
             .where(
                 Ticket.study_id == study.id,
                 Ticket.optimizer == optimizer,
-                Ticket.kind == ("search" if optimizer in study.spec.optimizers else "reference"),
+                Ticket.kind == search_kind(study.spec, optimizer),
                 Ticket.state == "done",
                 Ticket.trial_number.is_not(None),
             )

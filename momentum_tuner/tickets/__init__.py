@@ -35,6 +35,7 @@ from momentum_tuner.tickets.studies import (
     finish_study,
     list_studies,
     note_data,
+    search_kind,
     submit_study,
 )
 from momentum_tuner.tickets.trials import TrialRecord, find_trial
@@ -89,6 +90,7 @@ __all__ = [
     "recent_rate",
     "record_epochs",
     "register_worker",
+    "search_kind",
     "set_trials",
     "stop_worker",
     "studies_with_work",
