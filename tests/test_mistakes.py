@@ -105,7 +105,7 @@ FILES: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "an error of the task's own": (task("    return", "    1 / 0\n    return"), RUN, "mine.py:6)"),
     # On the command line
     "misspelt command": (PLAIN, ("rnu", "study.yaml"), "Did you mean 'run'?"),
-    "misspelt option": (PLAIN, ("run", "study.yaml", "--worker", "2"), "Did you mean --workers?"),
+    "misspelt option": (PLAIN, ("run", "study.yaml", "--wrokers", "2"), "--workers"),
     "no argument": ({}, ("run",), "Missing argument 'STUDY.yaml'"),
     "wrong database": (PLAIN, (*RUN, "--storage", "mysql://u:secret@h/d"), "use sqlite or postgresql"),
     "no URL": (PLAIN, (*RUN, "--storage", "my file"), "write sqlite:///file.db or postgresql://"),

@@ -48,7 +48,7 @@ def change(bench):
 
     yield change
     with bench.database.write() as session:
-        for table, where, values in undo:
+        for table, where, values in reversed(undo):
             session.execute(sa.update(table).where(*where).values(**values))
 
 
