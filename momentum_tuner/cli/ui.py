@@ -24,6 +24,8 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
     from momentum_tuner.errors import MissingExtraError, TrackingError
     from momentum_tuner.tracking import check_tracking_uri, quiet_mlflow
 
+    if dashboard and find_spec("optuna_dashboard") is None:
+        raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
     quiet_mlflow()
     uri = check_tracking_uri(tracking_uri)
     commands: list[list[str]] = []
@@ -52,8 +54,6 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
         )
         click.echo(f"MLflow: http://{host}:{port}")
     if dashboard:
-        if find_spec("optuna_dashboard") is None:
-            raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
         database = open_database(storage)
         commands.append(["optuna-dashboard", database.text, "--host", host, "--port", str(port + 1)])
         click.echo(f"Optuna dashboard: http://{host}:{port + 1}")
