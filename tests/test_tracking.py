@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
-from momentum_tuner.database import Database, Epoch, Study, Ticket, Worker, database_now
+from momentum_tuner.database import Database, Epoch, Load, Study, Ticket, Worker, database_now
 from momentum_tuner.errors import TrackingError
 from momentum_tuner.metrics import EpochRecord
 from momentum_tuner.tickets import (
@@ -31,6 +31,7 @@ from momentum_tuner.tickets import (
     find_study,
     finish_study,
     give_back,
+    note_data,
     record_epochs,
     register_worker,
     set_trials,
@@ -38,8 +39,12 @@ from momentum_tuner.tickets import (
     with_trial,
 )
 from momentum_tuner.tracking import Publisher, PublisherLoop, check_tracking_uri, quiet_mlflow, run_name, short_momentum
+from momentum_tuner.tracking import lease as lease_module
+from momentum_tuner.tracking import parent as parent_module
 from momentum_tuner.tracking import publisher as publisher_module
+from momentum_tuner.tracking.lease import Lease
 from momentum_tuner.tracking.store import RunStore
+from tests.recorded import Recorded
 
 STEPS = 23
 SETTINGS = {
@@ -110,16 +115,29 @@ def epochs(count: int, offset: float = 0.0) -> list[EpochRecord]:
     ]
 
 
+DATA = {
+    "name": "digits_mlp",
+    "source": "momentum_tuner.tasks:digits_mlp",
+    "kind": "tensors",
+    "digest": "0123456789abcdef",
+    "train": [[1437, 64], [1437]],
+    "valid": [[360, 64], [360]],
+}
+
+
 def submit(database: Database, make_spec, trials: int = 2, **sections):
     spec = make_spec(optimizers=["momentum", "nesterov"], budget={"trials": trials, "epochs": 4}, **sections)
-    return submit_study(database, spec, None, lambda _: None)
+    study = submit_study(database, spec, None, lambda _: None)
+    note_data(database, study.id, DATA)
+    return study
 
 
 def start(database: Database, study, limit: int = 100, worker: str = "host-1-abc") -> list[Claim]:
     with database.read() as session:
         known = session.get(Worker, worker)
     if known is None:
-        register_worker(database, WorkerIdentity(worker, "host", 1), "cpu")
+        register_worker(database, WorkerIdentity(worker, "host", 1), "cpu", environment={"python": "3.12.1"})
+        note_load(database, study, worker)
     claims = claim(database, study.id, worker, limit, max_attempts=3)
     asked = []
     for c in claims:
@@ -130,6 +148,21 @@ def start(database: Database, study, limit: int = 100, worker: str = "host-1-abc
             c = with_trial(c, 1000 + c.ticket_id, number, settings)
         asked.append(c)
     return set_trials(database, asked, list(range(len(asked))))
+
+
+def note_load(database: Database, study, worker: str = "host-1-abc", count: int = 3) -> None:
+    with database.write() as session:
+        session.add_all(
+            Load(
+                worker_id=worker,
+                study_id=study.id,
+                sampled_at=study.created_at + 15.0 * number + 0.5,
+                cpu_percent=100.0 + number,
+                memory_mb=512.5,
+                gpu_memory_mb=None if number else 2048.0,
+            )
+            for number in range(count)
+        )
 
 
 def finish(database: Database, *results: tuple[Claim, Result, list[EpochRecord]]) -> None:
@@ -161,7 +194,8 @@ def finished_study(database: Database, make_spec, trials: int = 2, **sections):
             result, count = Result("diverged", 2.5, measures), 1
         elif kind == 3:
             reason = "RuntimeError: no route to postgresql://u:hunter2@host/db <script>"
-            result, count = Result("failed", None, None, reason), 2
+            trace = 'File "task.py", line 3, in loss\nRuntimeError: no route to postgresql://u:hunter2@host/db <script>'
+            result, count = Result("failed", None, None, reason, traceback=trace), 2
         else:
             result, count = complete(0.25 + number), 4
         results.append((held, result, epochs(count, 0.01 * number)))
@@ -190,7 +224,7 @@ def points_of(uri: str, run_id: str) -> dict[str, list[tuple[int, int, float]]]:
     }
 
 
-def contents(uri: str, *, with_ids: bool = True) -> object:
+def contents(uri: str, *, with_ids: bool = True, with_files: bool = True) -> object:
     """All that MLflow shows of the study: to be compared before and after."""
     parents, children = runs_of(uri)
     shown = []
@@ -199,8 +233,21 @@ def contents(uri: str, *, with_ids: bool = True) -> object:
         own = {k: v for k, v in run.data.tags.items() if with_ids or k != PARENT}
         times = (info.start_time, info.end_time)
         ids = (info.run_id,) if with_ids else ()
-        shown.append((*ids, info.run_name, info.status, times, run.data.params, own, points_of(uri, info.run_id)))
+        data = [(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs]
+        files = artifacts_of(uri, info.run_id) if with_files and run in parents else []
+        points = points_of(uri, info.run_id)
+        shown.append((*ids, info.run_name, info.status, times, run.data.params, own, points, data, files))
     return shown
+
+
+def artifacts_of(uri: str, run_id: str, folder: str | None = None) -> list[str]:
+    client = MlflowClient(tracking_uri=uri)
+    found = client.list_artifacts(run_id, folder)
+    return [path for a in found for path in (artifacts_of(uri, run_id, a.path) if a.is_dir else [a.path])]
+
+
+def text_of(uri: str, run_id: str, name: str) -> str:
+    return Path(MlflowClient(tracking_uri=uri).download_artifacts(run_id, name, ".")).read_text()
 
 
 def publish(database: Database, study, uri: str, name: str = "p"):
@@ -273,6 +320,7 @@ def test_each_child_has_the_params_tags_status_and_times_of_its_trial(database, 
         }
         tags = {k: v for k, v in child.data.tags.items() if not k.startswith(("mlflow.", "momentum_tuner."))}
         reason = tags.pop("reason", None)
+        assert tags.pop("champion", None) == ("true" if ticket.id == 1 else None)
         assert tags == {
             "outcome": ticket.outcome,
             "optimizer": ticket.optimizer,
@@ -290,6 +338,15 @@ def test_each_child_has_the_params_tags_status_and_times_of_its_trial(database, 
                 "failed": "FAILED",
             }[ticket.outcome]
         )
+        assert [(i.dataset.name, i.dataset.digest) for i in child.inputs.dataset_inputs] == [
+            ("digits_mlp", "0123456789abcdef")
+        ]
+        description = child.data.tags.get("mlflow.note.content")
+        if ticket.outcome == "failed":
+            said = "RuntimeError: no route to postgresql://***@host/db <script>"
+            assert description == f'    File "task.py", line 3, in loss\n    {said}'
+        else:
+            assert description is None
         if ticket.outcome == "failed":
             assert reason == "RuntimeError: no route to postgresql://***@host/db <script>"
         assert (child.info.start_time, child.info.end_time) == (
@@ -336,9 +393,12 @@ def test_a_diverged_trial_shows_at_which_step(database, make_spec, uri):
 
 
 def test_the_parent_shows_the_study_its_counts_and_the_best_settings(database, make_spec, uri):
-    study = finished_study(database, make_spec, trials=3)
+    space = {"learning_rate": {"low": 0.001, "high": 1.0}, "momentum": [0.9, 0.95], "nesterov": {"weight_decay": 0.0}}
+    study = finished_study(database, make_spec, trials=3, space=space)
     publish(database, study, uri)
-    (parent,), _ = runs_of(uri)
+    (parent,), children = runs_of(uri)
+    best = {"learning_rate": "0.03125", "momentum": "0.95", "weight_decay": "0", "clip_norm": "inf", "batch_size": "64"}
+    second = {**best, "learning_rate": "0.09375"}
     assert parent.data.params == {
         "task": "momentum_tuner.tasks:digits_mlp",
         "optimizers": "momentum, nesterov",
@@ -346,25 +406,118 @@ def test_the_parent_shows_the_study_its_counts_and_the_best_settings(database, m
         "pruner": "successive_halving",
         "schedule": "constant",
         "objective": "minimize valid_loss",
-        "epochs": "4",
+        "budget": "3 trials of 4 epochs for each optimizer",
+        "confirmation_seeds": "0",
+        "target": "auto",
+        "precision": "auto",
         "seed": "0",
+        "space.learning_rate": "0.001 to 1 (log)",
+        "space.momentum": "0.9, 0.95",
+        "space.nesterov.weight_decay": "0",
+        "best_optimizer": "momentum",
+        "best_trial": "0",
+        **{f"best_{name}": value for name, value in best.items()},
+        **{f"best_momentum_{name}": value for name, value in best.items()},
+        **{f"best_nesterov_{name}": value for name, value in second.items()},
     }
-    assert parent.data.metrics == {
-        "trials": 6.0,
-        "complete": 3.0,
-        "pruned": 1.0,
-        "diverged": 1.0,
-        "failed": 1.0,
-        "objective": 0.25,
+    champions = [c.info.run_name for c in children if "champion" in c.data.tags]
+    assert champions == ["momentum 0000 lr=0.031 beta=0.95", "nesterov 0002 lr=0.094 beta=0.95"]
+    assert [(i.dataset.digest, i.tags[0].value) for i in parent.inputs.dataset_inputs] == [
+        ("0123456789abcdef", "train")
+    ]
+
+
+def test_the_curves_of_the_parent_go_over_the_trials_as_they_ended(database, make_spec, uri):
+    study = finished_study(database, make_spec, trials=3)
+    with database.write() as session:  # in another order than that of their numbers
+        for number, ticket in enumerate(session.scalars(sa.select(Ticket).order_by(Ticket.id.desc()))):
+            ticket.started_at, ticket.finished_at = study.created_at, study.created_at + 36.0 * (number + 1)
+    publish(database, study, uri)
+    (parent,), _ = runs_of(uri)
+    found = points_of(uri, parent.info.run_id)
+    times = [int((study.created_at + 36.0 * step) * 1000) for step in range(1, 7)]
+    assert {key: [p[:2] for p in found[key]] for key in ("trials", "trials_per_hour")} == {
+        key: list(zip(range(1, 7), times, strict=True)) for key in ("trials", "trials_per_hour")
     }
+    values = {key: [p[2] for p in points] for key, points in found.items() if not key.startswith("system/")}
+    assert values.pop("trials_per_hour") == pytest.approx([100.0] * 6)
+    assert values == {  # complete 5.25, failed, pruned, complete 4.25, diverged, complete 0.25
+        "trials": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "complete": [1.0, 1.0, 1.0, 2.0, 2.0, 3.0],
+        "pruned": [0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+        "diverged": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0],
+        "failed": [0.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+        "objective": [5.25, 5.25, 5.25, 4.25, 4.25, 0.25],
+        "best_valid_loss": [5.25, 5.25, 5.25, 4.25, 4.25, 0.25],
+    }
+
+
+def test_the_parent_has_the_files_and_the_verdict_of_a_confirmed_study(database, make_spec, uri):
+    spec = make_spec(
+        optimizers=["sgd", "nesterov"], budget={"trials": 1, "epochs": 20}, confirm={"seeds": 6}, target=0.5
+    )
+    made = Recorded(database, spec)
+    slow, quick = made.search("sgd", 0.5, 0.5), made.search("nesterov", 0.25, 0.125, 0.75)
+    made.reach("sgd", slow, {seed: 1000.0 + seed for seed in range(6)})
+    made.reach("nesterov", quick, {seed: 250.0 + seed for seed in range(6)})
+    assert publish(database, made.record, uri).complete
+    (parent,), children = runs_of(uri)
     tags = parent.data.tags
-    assert (tags["trials_per_optimizer"], tags["best_optimizer"]) == ("3", "momentum")
-    assert tags["best_momentum_learning_rate"] == "0.03125"
-    assert tags["best_nesterov_momentum"] == "0.95"
-    client = MlflowClient(tracking_uri=uri)
-    assert [a.path for a in client.list_artifacts(parent.info.run_id)] == ["study.yaml"]
-    path = client.download_artifacts(parent.info.run_id, "study.yaml", ".")
-    assert Path(path).read_text() == study.spec.to_yaml()
+    assert tags["verdict"] == "nesterov reaches the target sooner than sgd."
+    assert tags["verdict.sgd.nesterov"].startswith(
+        "nesterov is 3.97x faster than sgd (6 seeds); steps nesterov / sgd: 0.252,"
+    )
+    description = tags["mlflow.note.content"]
+    assert description.startswith("**nesterov reaches the target sooner than sgd.**\n\n- nesterov is 3.97x faster")
+    (row,) = [line for line in description.splitlines() if line.startswith("| nesterov |")]
+    assert row.startswith("| nesterov | 0.125 | 0.75 | 0.25 | 0 | 6 | 252.5 |")
+    assert "    torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.75, nesterov=True)  # nesterov" in description
+    assert "momentum-tuner run study.yaml" in description
+    pages = ["figures/curves.html", "figures/stability.html"]  # there is nothing of a search of one trial
+    files = ["environment.json", *pages, "report.html", "study.yaml", "trials.csv"]
+    assert artifacts_of(uri, parent.info.run_id) == files
+    assert text_of(uri, parent.info.run_id, "study.yaml") == made.record.spec.to_yaml()
+    trials = text_of(uri, parent.info.run_id, "trials.csv").splitlines()
+    assert len(trials) == 1 + 14 == 1 + len(children)
+    assert "nesterov reaches the target sooner than sgd." in text_of(uri, parent.info.run_id, "report.html")
+    assert "Plotly" in text_of(uri, parent.info.run_id, "figures/curves.html")
+
+
+def test_the_parent_shows_how_busy_each_worker_was(database, make_spec, uri):
+    study = finished_study(database, make_spec)
+    publish(database, study, uri)
+    (parent,), _ = runs_of(uri)
+    found = points_of(uri, parent.info.run_id)
+    times = [(step, int((study.created_at + step + 0.5) * 1000)) for step in (0, 15, 30)]
+    assert {key: points for key, points in found.items() if key.startswith("system/")} == {
+        "system/cpu_utilization_percentage.host-1-abc": [
+            (*t, v) for t, v in zip(times, (100.0, 101.0, 102.0), strict=True)
+        ],
+        "system/system_memory_usage_megabytes.host-1-abc": [(*t, 512.5) for t in times],
+        "system/gpu_memory_usage_megabytes.host-1-abc": [(*times[0], 2048.0)],
+    }
+    with database.read() as session:
+        assert set(session.scalars(sa.select(Load.published))) == {True}
+
+
+def test_more_loads_than_go_at_once_are_all_shown(database, make_spec, uri, monkeypatch):
+    monkeypatch.setattr(parent_module, "FLUSH_LOADS", 2)
+    publish(database, finished_study(database, make_spec), uri)
+    (parent,), _ = runs_of(uri)
+    assert len(points_of(uri, parent.info.run_id)["system/cpu_utilization_percentage.host-1-abc"]) == 3
+
+
+def test_a_child_whose_traceback_could_end_a_block_of_code_shows_it_as_text(database, make_spec, uri):
+    study = submit(database, make_spec, trials=1)
+    first, second = start(database, study)
+    trace = "```\n# <script>alert(1)</script>\nValueError: ```"
+    finish(database, (first, Result("failed", None, None, "ValueError", traceback=trace), []))
+    finish(database, (second, complete(0.5), epochs(4)))
+    finish_study(database, study.id)
+    publish(database, study, uri)
+    _, (child, _) = runs_of(uri)
+    lines = child.data.tags["mlflow.note.content"].splitlines()
+    assert lines == ["    ```", "    # <script>alert(1)</script>", "    ValueError: ```"]
 
 
 def test_a_curve_longer_than_mlflows_batch_is_shown_whole(database, make_spec, uri):
@@ -446,6 +599,12 @@ DEATHS = [
     ("show", 4, "after"),
     ("end", 3, "after"),
     ("end", 5, "after"),
+    ("show_data", 1, "before"),
+    ("show_data", 3, "after"),
+    ("show_file", 3, "after"),
+    ("show_file", 7, "after"),
+    ("mark", 1, "before"),
+    ("mark", 1, "after"),
 ]
 
 
@@ -622,25 +781,122 @@ def test_two_studies_of_one_name_one_after_the_other_have_parents_of_their_own(d
     assert sorted(sum(c.data.tags[PARENT] == p.info.run_id for c in children) for p in parents) == [4, 4]
 
 
-def test_a_study_that_grew_is_shown_as_running_and_then_with_its_new_result(database, make_spec, uri):
+def test_a_study_that_grew_has_a_new_parent_that_runs_and_then_shows_the_new_result(
+    database, make_spec, uri, control_uri
+):
     study = finished_study(database, make_spec)
     publish(database, study, uri)
     (parent,), _ = runs_of(uri)
     grown = submit(database, make_spec, trials=4)
     publish(database, grown, uri)
-    (again,), _ = runs_of(uri)
-    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "RUNNING")
-    assert again.data.tags["trials_per_optimizer"] == "4"
+    (again,), children = runs_of(uri)
+    assert again.info.run_id != parent.info.run_id, "params never change"
+    assert (again.info.status, again.info.start_time) == ("RUNNING", parent.info.start_time)
+    assert again.data.params["budget"] == "4 trials of 4 epochs for each optimizer"
+    assert "best_optimizer" not in again.data.params
+    assert "The search is not complete" in again.data.tags["mlflow.note.content"]
+    assert {c.data.tags[PARENT] for c in children} == {again.info.run_id}
+    assert not [c for c in children if "champion" in c.data.tags], "it may be another one in the end"
     finish(database, *((c, complete(0.125 + n), epochs(4)) for n, c in enumerate(start(database, grown))))
     finish_study(database, grown.id)
     assert publish(database, find_study(database, "digits-mlp"), uri).complete
     (last,), children = runs_of(uri)
-    assert (last.info.run_id, last.info.status, len(children)) == (parent.info.run_id, "FINISHED", 8)
-    assert last.data.metrics["objective"] == 0.125
+    assert (last.info.run_id, last.info.status, len(children)) == (again.info.run_id, "FINISHED", 8)
+    assert last.data.metrics["objective"] == last.data.metrics["best_valid_loss"] == 0.125
     assert last.data.metrics["complete"] == 5.0
-    assert [p[0] for p in points_of(uri, last.info.run_id)["complete"]] == [4, 8]
-    path = MlflowClient(tracking_uri=uri).download_artifacts(last.info.run_id, "study.yaml", ".")
-    assert Path(path).read_text() == grown.spec.to_yaml()
+    assert last.data.params["best_trial"] == "2"
+    assert [c.info.run_name[:13] for c in children if "champion" in c.data.tags] == ["momentum 0002", "nesterov 0002"]
+    assert text_of(uri, last.info.run_id, "study.yaml") == grown.spec.to_yaml()
+    before = contents(uri, with_ids=False)
+    publish(database, find_study(database, "digits-mlp"), control_uri)
+    assert contents(control_uri, with_ids=False) == before, "as if it had never been smaller"
+
+
+def test_a_trial_that_becomes_visible_late_has_its_place_on_the_curves(
+    database, make_spec, uri, control_uri, monkeypatch
+):
+    """PostgreSQL shows what was committed, not what was begun: a trial may have ended before those that are shown."""
+    monkeypatch.setattr(parent_module, "SETTLE_SECONDS", -1.0)
+    study = submit(database, make_spec)
+    claims = start(database, study)
+    finish(database, *((c, complete(0.5), epochs(4)) for c in claims[:2]))
+    publish(database, study, uri)
+    (parent,), _ = runs_of(uri)
+    assert parent.data.metrics["trials"] == 2.0
+    finish(database, *((c, complete(0.25), epochs(4)) for c in claims[2:]))
+    with database.write() as session:
+        ended = sa.select(sa.func.min(Ticket.finished_at)).scalar_subquery()
+        session.execute(sa.update(Ticket).where(Ticket.id == claims[2].ticket_id).values(finished_at=ended - 0.25))
+    publish(database, study, uri)
+    finish_study(database, study.id)
+    assert publish(database, find_study(database, study.name), uri).complete
+    publish(database, find_study(database, study.name), control_uri)
+    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
+
+
+def test_a_trial_that_has_just_ended_is_not_on_the_curves_of_a_study_that_goes_on(
+    database, make_spec, uri, monkeypatch
+):
+    study = submit(database, make_spec)
+    claims = start(database, study)
+    finish(database, *((c, complete(0.5), epochs(4)) for c in claims[:2]))
+    assert publish(database, study, uri).trials == 2
+    (parent,), _ = runs_of(uri)
+    assert "trials" not in parent.data.metrics
+    with database.write() as session:
+        session.execute(sa.update(Ticket).where(Ticket.state == "done").values(finished_at=Ticket.finished_at - 20.0))
+    publish(database, study, uri)
+    (parent,), _ = runs_of(uri)
+    assert parent.data.metrics["trials"] == 2.0
+
+
+def test_a_report_that_cannot_be_made_keeps_no_run_from_mlflow(database, make_spec, uri, monkeypatch, caplog):
+    study = finished_study(database, make_spec)
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
+        broken.setattr("momentum_tuner.report.publication", lambda *_: 1 / 0)
+        assert publish(database, study, uri).complete
+    assert [r.getMessage() for r in caplog.records] == ["the report of digits-mlp could not be made for MLflow"]
+    (parent,), children = runs_of(uri)
+    assert (parent.info.status, len(children)) == ("FINISHED", 4)
+    assert artifacts_of(uri, parent.info.run_id) == ["study.yaml"]
+    assert publish(database, study, uri).complete
+    assert "report.html" in artifacts_of(uri, parent.info.run_id)
+
+
+def test_a_store_that_takes_no_files_shows_all_else(database, make_spec, uri, control_uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    publish(database, study, control_uri)
+
+    def refuse(*_):
+        raise PermissionError("/mlartifacts")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RunStore, "show_file", refuse)
+        assert publish(database, study, uri).complete
+    (parent,), _ = runs_of(uri)
+    assert artifacts_of(uri, parent.info.run_id) == []
+    assert "had the best trial" in parent.data.tags["verdict"]
+    assert publish(database, study, uri).complete
+    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False), "the next one may write"
+
+
+def test_the_lease_is_renewed_while_the_report_is_made(database, make_spec, uri, monkeypatch):
+    from momentum_tuner import report
+
+    study = finished_study(database, make_spec)
+    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.1)
+    real, others = report.publication, []
+
+    def slow(*arguments):
+        for _ in range(3):
+            time.sleep(0.5)
+            others.append(Publisher(database, study, uri, "other").publish().busy)
+        return real(*arguments)
+
+    monkeypatch.setattr(report, "publication", slow)
+    assert publish(database, study, uri).complete
+    assert others == [True] * 3
 
 
 # While it runs
@@ -653,6 +909,7 @@ def make_live(database: Database) -> None:
 
 def test_the_curve_of_a_running_trial_grows_and_its_run_runs(database, make_spec, uri, monkeypatch):
     monkeypatch.setattr(publisher_module, "LIVE_SHARE", 1e9)
+    monkeypatch.setattr(publisher_module, "LIVE_SECONDS", 1000.0)  # longer than a slow machine takes
     study = submit(database, make_spec)
     (held,) = start(database, study, 1)
     records = epochs(4)
@@ -723,7 +980,7 @@ def test_curves_take_no_more_than_their_share_of_the_time(database, make_spec, u
 def test_one_of_two_publishers_holds_the_lease(database, make_spec, uri):
     study = finished_study(database, make_spec)
     first, second = Publisher(database, study, uri, "first"), Publisher(database, study, uri, "second")
-    first._take_lease()
+    first._lease.take()
     assert second.publish().busy
     second.close()  # is not the other's to give back
     assert Publisher(database, study, uri, "third").publish().busy
@@ -737,10 +994,10 @@ def test_one_of_two_publishers_holds_the_lease(database, make_spec, uri):
 
 def test_a_lease_is_renewed_while_publishing(database, make_spec, uri, monkeypatch):
     study = finished_study(database, make_spec)
-    monkeypatch.setattr(publisher_module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
     taken = []
-    take = Publisher._take_lease
-    monkeypatch.setattr(Publisher, "_take_lease", lambda self: (taken.append(1), take(self))[1])
+    take = Lease.take
+    monkeypatch.setattr(Lease, "take", lambda self: (taken.append(1), take(self))[1])
     assert publish(database, study, uri).complete
     assert len(taken) >= 5
 
@@ -761,7 +1018,7 @@ def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_
                 patch.setattr(RunStore, "create", real)
                 assert quick.publish().complete
             if noticed == "at the next trial":
-                slow._leased -= 1000.0
+                slow._lease._taken -= 1000.0
         return real(self, key, name, start, tags)
 
     with monkeypatch.context() as patch:
@@ -924,12 +1181,13 @@ def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_noth
         wait_for(lambda: shown(database) == 12)
         assert loop.finish() is True
     server.kill()
-    uri = f"sqlite:///{folder / 'mlflow.db'}"  # quicker without the server
-    found = contents(uri, with_ids=False)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"  # quicker without the server, which has the files
+    found = contents(uri, with_ids=False, with_files=False)
+    assert len([path for path in (folder / "files").rglob("*") if path.is_file()]) == 7
     parents, children = runs_of(uri)
     assert (len(parents), len(children)) == (1, 12)
     publish(database, find_study(database, study.name), control_uri)
-    assert found == contents(control_uri, with_ids=False)
+    assert found == contents(control_uri, with_ids=False, with_files=False)
     said = [r.getMessage() for r in caplog.records if r.name == "momentum_tuner.tracking.loop"]
     assert [line.partition(" (")[0] for line in said] == ["MLflow does not answer", "MLflow answers again"] * 3
 
@@ -973,7 +1231,7 @@ def test_a_loop_shows_what_a_study_that_grew_adds(database, make_spec, uri):
     assert loop.finish() is True
     (parent,), children = runs_of(uri)
     assert (parent.info.status, len(children)) == ("FINISHED", 6)
-    assert parent.data.tags["trials_per_optimizer"] == "3"
+    assert parent.data.params["budget"] == "3 trials of 4 epochs for each optimizer"
 
 
 def test_a_loop_sees_that_a_study_was_deleted_and_submitted_again(database, make_spec, uri):
@@ -991,8 +1249,8 @@ def test_a_loop_sees_that_a_study_was_deleted_and_submitted_again(database, make
 
 def test_a_loop_waits_for_the_lease_of_a_publisher_that_was_killed(database, make_spec, uri, monkeypatch):
     study = finished_study(database, make_spec)
-    monkeypatch.setattr(publisher_module, "LEASE_SECONDS", 1.5)
-    Publisher(database, study, uri, "killed")._take_lease()
+    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 1.5)
+    Publisher(database, study, uri, "killed")._lease.take()
     loop = Loop(database, uri)
     assert loop.finish() is True
     assert shown(database) == 4
@@ -1147,15 +1405,14 @@ def test_seconds_per_published_trial(database, make_spec, uri, capsys):
     claims = start(database, study)
     record_epochs(database, [(c, r) for c in claims for r in epochs(count)])
     finish(database, *((c, complete(0.5, count), []) for c in claims))
-    finish_study(database, study.id)
     publisher = Publisher(database, study, uri, "p")
-    publisher._take_lease()
+    publisher._lease.take()
     publisher._learn()
-    publisher._show_parent()
+    publisher._parent.show()
     spent = {"all": -time.perf_counter(), "mlflow": 0.0}
     for name in ("create_run", "log_batch", "set_terminated", "search_runs", "get_experiment_by_name"):
         setattr(publisher._store._client, name, timed(getattr(publisher._store._client, name), spent))
-    assert publisher.publish().complete
+    assert publisher.publish().trials == trials
     spent["all"] += time.perf_counter()
     publisher.close()
     _, children = runs_of(uri)

@@ -27,7 +27,7 @@ from momentum_tuner.report.figures.figure import Figure
 from momentum_tuner.report.files import write_whole
 from momentum_tuner.report.sections import Section, Table, sections
 from momentum_tuner.report.trials import TrialRow, trials_columns
-from momentum_tuner.report.words import DEFINITIONS, duration, fairness, headline, moment, target_words
+from momentum_tuner.report.words import DEFINITIONS, duration, fairness, headline, moment, pair_words, target_words
 from momentum_tuner.tickets import StudyRecord
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -63,7 +63,7 @@ def render(evidence: Evidence) -> str:
             "whole": True,
             "links": links,
             "headline": headline(evidence),
-            "verdicts": [_pair_words(p.a, p.b, p.verdict) for p in comparison.pairs],
+            "verdicts": [pair_words(p) for p in comparison.pairs],
             "fairness": fairness(evidence),
             "target": target_words(evidence),
             "notes": comparison.notes,
@@ -121,10 +121,6 @@ def _subtitle(evidence: Evidence) -> str:
         took = duration(evidence.finished_at - evidence.created_at)
         return f"{begun}, done {moment(evidence.finished_at)} ({took})."
     return f"{begun}; as of {moment(evidence.read_at)}."
-
-
-def _pair_words(a: str, b: str, verdict: str) -> str:
-    return verdict if a in verdict and b in verdict else f"{a} and {b}: {verdict}"
 
 
 @functools.cache

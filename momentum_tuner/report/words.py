@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from momentum_tuner.comparison import Pair
 from momentum_tuner.comparison.statistics import SIGNIFICANCE
 from momentum_tuner.report.evidence import Evidence
 from momentum_tuner.report.figures.figure import shown
@@ -84,6 +85,12 @@ def headline(evidence: Evidence) -> str:
     if weak:
         words += f" After correction for {len(comparison.pairs)} pairs, p is not below 0.05 against {_list(weak)}."
     return words
+
+
+def pair_words(pair: Pair) -> str:
+    """The verdict on a pair, with both names."""
+    named = pair.a in pair.verdict and pair.b in pair.verdict
+    return pair.verdict if named else f"{pair.a} and {pair.b}: {pair.verdict}"
 
 
 def fairness(evidence: Evidence) -> str:

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from momentum_tuner.database import Database, Study
 from momentum_tuner.errors import StorageError
 from momentum_tuner.tickets import StudyRecord, find_study, list_studies
-from momentum_tuner.tracking.publisher import LEASE_SECONDS, Publisher, short_reason
+from momentum_tuner.tracking.lease import LEASE_SECONDS
+from momentum_tuner.tracking.publisher import Publisher, short_reason
 from momentum_tuner.tracking.store import check_tracking_uri
 
 logger = logging.getLogger(__name__)

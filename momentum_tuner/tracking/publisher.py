@@ -12,50 +12,38 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from momentum_tuner.database import Database, Epoch, Study, Ticket, database_now
 from momentum_tuner.errors import redact
-from momentum_tuner.spec import spec_hash
-from momentum_tuner.tickets import StudyRecord, best_settings, epoch_record, study_progress
+from momentum_tuner.tickets import StudyRecord, epoch_record
+from momentum_tuner.tracking.lease import Lease, LeaseLostError
+from momentum_tuner.tracking.parent import ParentRun, RunsChangedError
 from momentum_tuner.tracking.runs import (
     PARENT_TAG,
-    SPEC_TAG,
     STATUS,
-    Point,
     epoch_points,
     final_points,
     run_name,
-    study_params,
-    study_result,
-    study_tags,
     trial_params,
     trial_tags,
 )
 from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
+from momentum_tuner.tracking.studies import data_input
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 30.0
-RENEW_SECONDS = 10.0
-"""How old a lease may be when MLflow is asked for something, which may take as long again."""
 FLUSH_TICKETS = 32
 MOST_CHANGES = 3
 LIVE_SECONDS = 5.0
 """How often the curves of trials that still run are brought up to date, if that is quick."""
 LIVE_SHARE = 0.1
 """The largest share of its time that the publisher spends on them."""
-
-
-class LeaseLostError(Exception):
-    """Another publisher works on this study now."""
-
-
-class RunsChangedError(Exception):
-    """MLflow has not the runs that it had; what is there has to be learned again."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +80,25 @@ class Publisher:
         self.database = database
         self.study = study
         self.name = name
+        self._lease = Lease(database, study.id, name)
         self._store = RunStore(tracking_uri, study.name, f"{study.name}:{study.created_at:.3f}")
+        self._parent = ParentRun(database, study, self._store, self._lease)
+        self._data: DatasetInput | None = None
         self._learned = False
-        self._leased = -float("inf")
         self._live_due = 0.0
         self._doubted: set[int] = set()
         self._refused: set[int] = set()
 
     def publish(self) -> PassResult:
         """One pass: the parent run, trials that have ended, curves of those that run."""
-        changes = 0
+        changes = shown = 0
         while True:
             try:
-                self._take_lease()
+                self._lease.take()
                 if not self._learned:
                     self._learn()
-                    self._show_parent()
-                shown = 0
+                    self._parent.show()
+                self._show_data()
                 for tickets in self._batches():
                     shown += self._publish_tickets(tickets)
                 return PassResult(shown, self._publish_result(), refused=len(self._refused))
@@ -136,45 +126,7 @@ class Publisher:
 
     def close(self) -> None:
         """Give the lease back."""
-        with self.database.write() as session:
-            session.execute(
-                sa.update(Study)
-                .where(Study.id == self.study.id, Study.publisher == self.name)
-                .values(publisher=None, publisher_until=None)
-            )
-
-    # The lease
-
-    def _take_lease(self) -> None:
-        asked = time.monotonic()
-        with self.database.write() as session:
-            taken = session.scalar(
-                sa.update(Study)
-                .where(
-                    Study.id == self.study.id,
-                    sa.or_(
-                        Study.publisher.is_(None),
-                        Study.publisher == self.name,
-                        Study.publisher_until < database_now(),
-                    ),
-                )
-                .values(publisher=self.name, publisher_until=database_now() + LEASE_SECONDS)
-                .returning(Study.id)
-            )
-        if taken is None:
-            raise LeaseLostError
-        self._leased = asked
-
-    def _keep_lease(self) -> None:
-        if time.monotonic() - self._leased > RENEW_SECONDS:
-            self._take_lease()
-
-    def _held(self, session: Session) -> Study:
-        """The study's row, locked, while the lease is held: nothing is noted without it."""
-        row = session.scalars(sa.select(Study).where(Study.id == self.study.id).with_for_update()).one_or_none()
-        if row is None or row.publisher != self.name:
-            raise LeaseLostError
-        return row
+        self._lease.give_back()
 
     # What MLflow has
 
@@ -189,7 +141,7 @@ class Publisher:
         self._store.learn(keep | {PARENT: parent_id or ""})
         whole = True
         with self.database.write() as session:
-            self._held(session)
+            self._lease.held(session)
             shown = session.scalars(
                 sa.select(Ticket)
                 .where(Ticket.study_id == self.study.id, Ticket.run_id.is_not(None))
@@ -204,31 +156,14 @@ class Publisher:
         self._learned = True
         return whole
 
-    def _show_parent(self) -> None:
-        """Find or make the parent run, with what the study file says."""
-        spec = self.study.spec
-        self._keep_lease()
-        parent = self._store.runs.get(PARENT)
-        if parent is None:
-            parent = self._store.create(PARENT, self.study.name, self.study.created_at, study_tags(spec))
-        self._store.link(parent)
-        digest = spec_hash(spec)
-        if parent.tags.get(SPEC_TAG) != digest:
-            self._store.show(parent, params=study_params(spec), tags=study_tags(spec))
-            try:
-                self._store.show_file(parent, spec.to_yaml(), "study.yaml")
-            except Exception as error:  # the server may keep its files where this machine cannot write
-                logger.info("study.yaml could not be added to its run in MLflow: %s", short_reason(error))
-            else:
-                self._store.show(parent, tags={SPEC_TAG: digest})
-        with self.database.write() as session:
-            row = self._held(session)
-            if row.phase != "done" or parent.status != "FINISHED" or row.parent_run_id != parent.id:
-                row.parent_published = None
-            row.experiment_id, row.parent_run_id = self._store.experiment_id, parent.id
-            done = row.phase == "done"
-        if not done:
-            self._store.set_status(parent, "RUNNING")
+    def _show_data(self) -> None:
+        """Learn what the trials learn from, which the first worker finds out, and say so on the parent."""
+        if self._data is None:
+            with self.database.read() as session:
+                data = session.scalar(sa.select(Study.data).where(Study.id == self.study.id))
+            self._data = None if data is None else data_input(data)
+        if self._data is not None and PARENT in self._store.runs:
+            self._store.show_data(self._store.runs[PARENT], self._data)
 
     # Trials
 
@@ -285,7 +220,7 @@ class Publisher:
         finally:
             if notes:
                 with self.database.write() as session:
-                    self._held(session)
+                    self._lease.held(session)
                     session.execute(sa.update(Ticket), sorted(notes, key=lambda note: note["id"]))
         return len(notes)
 
@@ -319,9 +254,11 @@ class Publisher:
         done = ticket.state == "done"
         if done:
             points += final_points(ticket)
-        self._keep_lease()
+        self._lease.keep()
         self._store.show(run, points, trial_params(ticket), trial_tags(ticket))
-        self._keep_lease()
+        if self._data is not None:
+            self._store.show_data(run, self._data)
+        self._lease.keep()
         if done:
             self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
         else:
@@ -339,13 +276,14 @@ class Publisher:
             return found
         name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
         tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
-        self._keep_lease()
+        self._lease.keep()
         return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)
 
     # The result
 
     def _publish_result(self) -> bool:
-        """Show the study's counts and best values; True once it is done and all is shown."""
+        """Show the study's curves, and its result; True once it is done and all is shown."""
+        self._parent.show_progress()
         with self.database.read() as session:
             row = session.get(Study, self.study.id)
             if row is None:
@@ -365,17 +303,7 @@ class Publisher:
             return True
         if not self._learn():  # once more at the end: nothing is missing, nothing is there twice
             raise RunsChangedError
-        parent = self._store.runs.get(PARENT)
-        if parent is None:
-            raise RunsChangedError
-        finished = row.finished_at or 0.0
-        values, tags = study_result(study_progress(self.database, self.study), best_settings(self.database, self.study))
-        step = int(values["trials"])
-        points = [Point(name, value, int(finished * 1000), step) for name, value in values.items()]
-        self._store.show(parent, points, tags=tags)
-        self._store.end(parent, "FINISHED", finished)
-        with self.database.write() as session:
-            self._held(session).parent_published = "done"
+        self._parent.show_result(row)
         return True
 
 

@@ -1,4 +1,4 @@
-"""What MLflow is shown of a study and of a trial: names, params, tags, metrics, statuses. Pure functions."""
+"""What MLflow is shown of a trial: name, params, tags, metrics, status. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from momentum_tuner.database import Ticket
 from momentum_tuner.errors import redact
 from momentum_tuner.metrics import EpochRecord
-from momentum_tuner.spec import StudySpec
-from momentum_tuner.tickets import BestSetting, StudyProgress
 
 TICKET_TAG = "momentum_tuner.ticket"
 STUDY_TAG = "momentum_tuner.study"
-SPEC_TAG = "momentum_tuner.spec"
 PARENT_TAG = "mlflow.parentRunId"
+DESCRIPTION_TAG = "mlflow.note.content"
+CHAMPION_TAG = "champion"
+"""Of the best search trial of each optimizer."""
 
 STATUS: Mapping[str, str] = {
     "complete": "FINISHED",
@@ -95,6 +95,9 @@ def trial_tags(ticket: Ticket) -> dict[str, str]:
         found["outcome"] = ticket.outcome
     if ticket.reason is not None:
         found["reason"] = redact(ticket.reason)[:500]
+    if ticket.traceback is not None:
+        # Indented, so that it is shown as it is, whatever it holds.
+        found[DESCRIPTION_TAG] = "\n".join(f"    {line}" for line in redact(ticket.traceback).splitlines())
     return found
 
 
@@ -105,7 +108,7 @@ def epoch_points(records: Sequence[tuple[EpochRecord, float]]) -> list[Point]:
         timestamp = int(recorded_at * 1000)
         values: dict[str, Any] = {name: getattr(record, name) for name in EPOCH_MEASURES}
         values |= {f"valid_{name}": value for name, value in record.metrics.items()}
-        points += [Point(n, float(v), timestamp, record.step) for n, v in values.items() if _is_number(v)]
+        points += [Point(n, float(v), timestamp, record.step) for n, v in values.items() if is_number(v)]
     return points
 
 
@@ -121,41 +124,9 @@ def final_points(ticket: Ticket) -> list[Point]:
         found["second_objective"] = ticket.second_value
     if "diverged_at_step" in measures:
         found["diverged_at_step"] = measures["diverged_at_step"]
-    return [Point(name, float(value), timestamp, step) for name, value in found.items() if _is_number(value)]
+    return [Point(name, float(value), timestamp, step) for name, value in found.items() if is_number(value)]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether there is a value that MLflow can show: it has no infinity."""
     return value is not None and math.isfinite(value)
-
-
-def study_params(spec: StudySpec) -> dict[str, str]:
-    """Params of a study's parent run."""
-    return {
-        "task": spec.task.factory,
-        "optimizers": ", ".join(spec.optimizers),
-        "sampler": spec.sampler.name,
-        "pruner": spec.pruner.name,
-        "schedule": spec.schedule.name,
-        "objective": ", ".join(f"{aim.direction} {aim.metric}" for aim in spec.objective.aims),
-        "epochs": str(spec.budget.epochs),
-        "seed": str(spec.seed),
-    }
-
-
-def study_tags(spec: StudySpec) -> dict[str, str]:
-    """Tags of a study's parent run: what may grow, as params never change."""
-    return {"trials_per_optimizer": str(spec.budget.trials)}
-
-
-def study_result(progress: StudyProgress, best: Sequence[BestSetting]) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics and tags of a study that is done: its counts, its best value, and the best setting of each optimizer."""
-    names = ("complete", "pruned", "diverged", "failed")
-    values = {name: float(sum(getattr(o, name) for o in progress.optimizers)) for name in names}
-    values["trials"] = float(progress.done)
-    first = {b.optimizer: b for b in reversed(best)}  # with two aims an optimizer has several
-    tags = {f"best_{o}_{name}": f"{value:.8g}" for o, b in first.items() for name, value in b.settings.items()}
-    if best:
-        values["objective"] = best[0].objective
-        tags["best_optimizer"] = best[0].optimizer
-    return values, tags

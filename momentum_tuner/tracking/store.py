@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from momentum_tuner.errors import TrackingError, redact
 from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +93,16 @@ class Run:
     Attributes:
         id: MLflow's id.
         status: `RUNNING`, `SCHEDULED`, `FINISHED`, `KILLED` or `FAILED`.
-        has_params: whether its params are there; they never change.
+        params: its params; they never change.
         tags: its tags.
+        has_data: whether it says what it learns from.
     """
 
     id: str
     status: str
-    has_params: bool
-    tags: dict[str, str]
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    has_data: bool = False
 
 
 class RunStore:
@@ -135,7 +140,8 @@ class RunStore:
         self.runs = {}
         for found in self._search():
             tags = dict(found.data.tags)
-            run = Run(found.info.run_id, found.info.status, bool(found.data.params), tags)
+            has_data = found.inputs is not None and bool(found.inputs.dataset_inputs)
+            run = Run(found.info.run_id, found.info.status, dict(found.data.params), tags, has_data)
             key = tags.get(TICKET_TAG, PARENT)
             other = self.runs.setdefault(key, run)
             if other is not run:
@@ -147,8 +153,12 @@ class RunStore:
         """Make a run that began at `start` (seconds since 1970)."""
         tags = {**tags, STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
         made = self._client.create_run(self.experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
-        self.runs[key] = Run(made.info.run_id, made.info.status, False, tags)
+        self.runs[key] = Run(made.info.run_id, made.info.status, tags=tags)
         return self.runs[key]
+
+    def delete(self, key: str) -> None:
+        """Delete a run, which can then be made anew."""
+        self._client.delete_run(self.runs.pop(key).id)
 
     def show(
         self,
@@ -160,7 +170,7 @@ class RunStore:
         """Add points, and params and tags as far as MLflow has not got them."""
         from mlflow.entities import Metric, Param, RunTag
 
-        new_params = {} if run.has_params else dict(params or {})
+        new_params = {k: v for k, v in (params or {}).items() if k not in run.params}
         new_tags = {k: v for k, v in (tags or {}).items() if run.tags.get(k) != v}
         if not (points or new_params or new_tags):
             return
@@ -171,12 +181,31 @@ class RunStore:
             params=[Param(k, v) for k, v in new_params.items()],
             tags=[RunTag(k, v) for k, v in new_tags.items()],
         )
-        run.has_params = run.has_params or bool(new_params)
+        run.params |= new_params
         run.tags |= new_tags
 
     def show_file(self, run: Run, text: str, name: str) -> None:
-        """Add a text file."""
+        """Add a text file, or replace the one of that name; it may be in a folder."""
         self._client.log_text(run.id, text, name)
+
+    def show_data(self, run: Run, data: DatasetInput) -> None:
+        """Say what a run learns from, unless it says so."""
+        if not run.has_data:
+            self._client.log_inputs(run.id, datasets=[data])
+            run.has_data = True
+
+    def curve(self, run: Run, key: str) -> list[tuple[int, int]]:
+        """Steps and times (milliseconds since 1970) of a metric's points, in order."""
+        return sorted((point.step, point.timestamp) for point in self._client.get_metric_history(run.id, key))
+
+    def mark(self, tag: str, keys: Collection[str]) -> None:
+        """Let those runs have a tag and no other run have it."""
+        for key, run in self.runs.items():
+            if key in keys:
+                self.show(run, tags={tag: "true"})
+            elif tag in run.tags:
+                self._client.delete_tag(run.id, tag)
+                del run.tags[tag]
 
     def set_status(self, run: Run, status: str) -> None:
         """Show a run that has not ended as `RUNNING` or as `SCHEDULED`."""
