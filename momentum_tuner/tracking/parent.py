@@ -118,11 +118,12 @@ class ParentRun:
             points = study_points(self._study.spec, ended, row.parent_trials)
             points += load_points(loads, self._study.created_at)
             tags = {} if row.phase == "done" else {DESCRIPTION_TAG: beginning(self._study.name, row.phase)}
-            if not points and not tags:
+            parent = self._parent()
+            if not points and not loads and tags.items() <= parent.tags.items():
                 return
             self._lease.keep()
             try:
-                self._store.show(self._parent(), points, tags=tags)
+                self._store.show(parent, points, tags=tags)
             except Exception as error:
                 if not is_refusal(error):
                     raise
