@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +56,16 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
         click.echo(f"MLflow: http://{host}:{port}")
     if dashboard:
         database = open_database(storage)
-        commands.append(["optuna-dashboard", database.text, "--host", host, "--port", str(port + 1)])
+        commands.append([_beside_python("optuna-dashboard"), database.text, "--host", host, "--port", str(port + 1)])
         click.echo(f"Optuna dashboard: http://{host}:{port + 1}")
     if commands:
         click.echo("Ctrl-C stops.")
         _run_all(commands)
+
+
+def _beside_python(program: str) -> str:
+    """A program of this Python's environment, which need not be the active one."""
+    return shutil.which(program, path=os.path.dirname(sys.executable)) or program
 
 
 def _run_all(commands: list[list[str]]) -> None:
