@@ -5,6 +5,7 @@
     │   ├── StudyFileError        the study file has mistakes; one line for each
     │   ├── TaskError             the task cannot be loaded, or is not a usable `Task`
     │   ├── StudyNotFoundError    no study of that name in this database
+    │   ├── TrialNotFoundError    the study has no trial of that optimizer and number
     │   ├── StudyChangedError     the study file differs from what the database holds
     │   ├── StorageError          the database URL is wrong or nothing answers there
     │   ├── CheckpointError       the place for checkpoints is wrong, or cannot be written
@@ -44,6 +45,10 @@ class TaskError(InputError):
 
 class StudyNotFoundError(InputError):
     """The database holds no study of that name."""
+
+
+class TrialNotFoundError(InputError):
+    """The study has no trial of that optimizer and number, or nothing was recorded of it."""
 
 
 class StudyChangedError(InputError):

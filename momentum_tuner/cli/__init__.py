@@ -22,6 +22,7 @@ COMMANDS = {
     "best": "momentum_tuner.cli.look:best",
     "compare": "momentum_tuner.cli.compare:compare",
     "report": "momentum_tuner.cli.report:report",
+    "replay": "momentum_tuner.cli.replay:replay",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
@@ -97,7 +98,7 @@ def main() -> None:
     """Entry point: exit 0 when done, 1 when the work failed, 2 on wrong use or bad input, 130 when interrupted."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="momentum-tuner", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("Interrupted.", err=True)
         code = 130

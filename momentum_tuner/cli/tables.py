@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.table import Table
 
 from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord
 from momentum_tuner.tracking.runs import short_momentum
+
+if TYPE_CHECKING:
+    from momentum_tuner.replay import EpochPair
 
 WIDE = 100
 """Columns of a terminal that has room for everything."""
@@ -113,6 +116,19 @@ def workers_table(progress: StudyProgress) -> Table:
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
         table.add_row(w.id, w.node, w.device, str(w.slots), w.state, f"{w.heartbeat_age_s:.0f} s ago")
+    return table
+
+
+def replay_table(title: str, pairs: Sequence[EpochPair], tolerance: float) -> Table:
+    """The losses of a trial as they were recorded and as they are now; what is beyond the tolerance stands out."""
+    table = plain_table(title)
+    for name in ("epoch", "train loss", "now", "valid loss", "now", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for pair in pairs:
+        losses = [number(of[name]) for name in ("train_loss", "valid_loss") for of in (pair.recorded, pair.replayed)]
+        apart = "equal" if pair.difference == 0.0 else f"{pair.difference:.1e}"
+        style = "bold red" if pair.difference > tolerance else ""
+        table.add_row(str(pair.epoch), *losses, apart, style=style)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
     from momentum_tuner.errors import MissingExtraError, TrackingError
     from momentum_tuner.tracking import check_tracking_uri, quiet_mlflow
 
+    if dashboard and find_spec("optuna_dashboard") is None:
+        raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
     quiet_mlflow()
     uri = check_tracking_uri(tracking_uri)
     commands: list[list[str]] = []
@@ -52,14 +55,17 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
         )
         click.echo(f"MLflow: http://{host}:{port}")
     if dashboard:
-        if find_spec("optuna_dashboard") is None:
-            raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
         database = open_database(storage)
-        commands.append(["optuna-dashboard", database.text, "--host", host, "--port", str(port + 1)])
+        commands.append([_beside_python("optuna-dashboard"), database.text, "--host", host, "--port", str(port + 1)])
         click.echo(f"Optuna dashboard: http://{host}:{port + 1}")
     if commands:
         click.echo("Ctrl-C stops.")
         _run_all(commands)
+
+
+def _beside_python(program: str) -> str:
+    """A program of this Python's environment, which need not be the active one."""
+    return shutil.which(program, path=os.path.dirname(sys.executable)) or program
 
 
 def _run_all(commands: list[list[str]]) -> None:

@@ -1,6 +1,6 @@
 """Studies put into the database, and workers on them as local processes."""
 
-from momentum_tuner.launcher.devices import plan_workers
+from momentum_tuner.launcher.devices import plan_workers, resolve_devices
 from momentum_tuner.launcher.local import KEEP_MEMORY, LocalWorkers, WorkerFailure
 from momentum_tuner.launcher.running import Page, RunOutcome, Workplace, run_study, serve_studies
 from momentum_tuner.launcher.submitting import (
@@ -26,6 +26,7 @@ __all__ = [
     "plan_workers",
     "put_study",
     "read_study",
+    "resolve_devices",
     "run_study",
     "serve_studies",
 ]

@@ -67,7 +67,9 @@ def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direct
     names = sorted({name for t in trials for name in t.params})
     if len(trials) < LEAST_TRIALS:
         return Importance(
-            optimizer, len(trials), reason=f"{len(trials)} trials with a value, fewer than {LEAST_TRIALS}"
+            optimizer,
+            len(trials),
+            reason=f"{len(trials)} trial{'' if len(trials) == 1 else 's'} with a value, fewer than {LEAST_TRIALS}",
         )
     if len(names) < 2:
         return Importance(optimizer, len(trials), reason="only one hyperparameter is searched")

@@ -1,5 +1,6 @@
 """The study file: what it may hold, read safely, and every mistake in it told in one report."""
 
+from momentum_tuner.spec.mistakes import unknown
 from momentum_tuner.spec.sections import (
     OBJECTIVES,
     Aim,
@@ -34,4 +35,5 @@ __all__ = [
     "load_study",
     "parse_study",
     "spec_hash",
+    "unknown",
 ]

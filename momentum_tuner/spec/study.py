@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -298,11 +299,21 @@ def load_study(path: Path) -> StudySpec:
         with path.open("rb") as file:
             content = file.read(1_000_001)
     except FileNotFoundError:
-        raise StudyFileError(f"{path}: there is no such file") from None
+        raise StudyFileError(f"{path}: there is no such file; {_instead(path)}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise StudyFileError(f"{path}: cannot be read: {reason}") from None
     return parse_study(read_text(str(path), content), str(path))
+
+
+def _instead(path: Path) -> str:
+    """What to do where there is no such study file."""
+    try:
+        there = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
+    except OSError:
+        there = []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return f"did you mean {str(path.with_name(near[0]))!r}?" if near else "`momentum-tuner init` writes one"
 
 
 def parse_study(text: str, source: str = "study") -> StudySpec:

@@ -38,6 +38,7 @@ from momentum_tuner.tickets.studies import (
     search_kind,
     submit_study,
 )
+from momentum_tuner.tickets.trials import TrialRecord, find_trial
 from momentum_tuner.tickets.workers import (
     HEARTBEAT_SECONDS,
     Heartbeat,
@@ -62,6 +63,7 @@ __all__ = [
     "Result",
     "StudyProgress",
     "StudyRecord",
+    "TrialRecord",
     "WorkerIdentity",
     "WorkerProgress",
     "alive_workers",
@@ -74,6 +76,7 @@ __all__ = [
     "end_finish",
     "epoch_record",
     "find_study",
+    "find_trial",
     "finish_study",
     "give_back",
     "is_confirmation_of",

@@ -1,22 +1,56 @@
-"""What a worker makes of a ticket's settings and of a trial's records."""
+"""What a worker makes of a study, of a ticket's settings and of a trial's records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from momentum_tuner.errors import describe_failure, describe_traceback
 from momentum_tuner.metrics import EpochRecord, TrialMeasures
-from momentum_tuner.tickets import Claim, Result
-from momentum_tuner.trainer import TrialSettings
+from momentum_tuner.spec import StudySpec
+from momentum_tuner.tasks import Loop, Task
+from momentum_tuner.tickets import Claim, Result, TrialRecord
+from momentum_tuner.trainer import LoopTrainer, ScheduleSettings, Trainer, TrialSettings, trainer_of
 
 
-def trial_settings(held: Claim) -> TrialSettings:
+def study_trainer(
+    spec: StudySpec,
+    task: Task | Loop,
+    *,
+    slots: int | None,
+    device: str,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Trainer | LoopTrainer:
+    """The trainer of a study's trials.
+
+    Args:
+        spec: the study.
+        task: its task.
+        slots: trials at once, None for the trainer's choice.
+        device: what to train on.
+        stopping: whether the worker is to stop.
+
+    Raises:
+        TaskError: the task cannot be trained as the study asks for.
+    """
+    schedule = spec.schedule
+    return trainer_of(
+        task,
+        epochs=spec.budget.epochs,
+        slots=slots,
+        device=device,
+        precision=spec.precision,
+        schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
+        stopping=stopping,
+    )
+
+
+def trial_settings(trial: Claim | TrialRecord) -> TrialSettings:
     """What the trainer gets for a ticket."""
-    assert held.settings is not None
-    hyperparameters = {name: float(value) for name, value in held.settings.items() if name != "batch_size"}
-    return TrialSettings(held.optimizer, hyperparameters, int(held.settings["batch_size"]), held.seed)
+    assert trial.settings is not None
+    hyperparameters = {name: float(value) for name, value in trial.settings.items() if name != "batch_size"}
+    return TrialSettings(trial.optimizer, hyperparameters, int(trial.settings["batch_size"]), trial.seed)
 
 
 def rung_value(metric: str, records: Sequence[EpochRecord], maximize: bool) -> float | None:

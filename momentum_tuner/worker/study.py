@@ -31,10 +31,10 @@ from momentum_tuner.tickets import (
     set_trials,
     with_trial,
 )
-from momentum_tuner.trainer import AbandonedError, ScheduleSettings, SlotsOutOfMemoryError, SlotState, trainer_of
+from momentum_tuner.trainer import AbandonedError, SlotsOutOfMemoryError, SlotState
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
-from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
+from momentum_tuner.worker.results import failure, flat_measures, rung_value, study_trainer, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker_options import WorkerOptions
@@ -84,15 +84,8 @@ class StudyWorker:
         self.target = None if target == "auto" else Target(target, aim.metric, aim.maximize)
         for aim in self.spec.objective.aims:
             check_objective(aim.metric, task)
-        schedule = self.spec.schedule
-        self.trainer = trainer_of(
-            task,
-            epochs=self.spec.budget.epochs,
-            slots=options.slots,
-            device=options.device,
-            precision=self.spec.precision,
-            schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
-            stopping=lambda: self.stop.asked,
+        self.trainer = study_trainer(
+            self.spec, task, slots=options.slots, device=options.device, stopping=lambda: self.stop.asked
         )
         if options.slots is None:
             self.trainer.width = max(1, self.trainer.width // options.sharing)

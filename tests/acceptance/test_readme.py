@@ -1,8 +1,12 @@
 """Every command of the README runs, and its outputs look like the real ones."""
 
+import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -10,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from momentum_tuner.cli import COMMANDS
+from momentum_tuner.tickets import submit_study
 
+from .conftest import Shell
 from .page import Page
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +26,9 @@ README = Page(ROOT / "README.md")
 def test_every_shell_block_is_marked_so_that_it_is_run_here():
     shell_blocks = re.findall(r"```bash\n", README.text)
     marked = [
-        w for w, _ in README.blocks if w.startswith("commands on") or w in ("the first command", "the test command")
+        w
+        for w, _ in README.blocks
+        if w.startswith("commands on") or w in ("the first command", "the test command", "commands of completion")
     ]
     assert len(shell_blocks) == len(marked)
 
@@ -33,7 +41,7 @@ def test_the_first_command_installs_and_runs_digits_mlp():
 
 def test_commands_on_digits_mlp_run(finished):
     shell, _ = finished
-    assert len(README.commands("digits-mlp")) == 6
+    assert len(README.commands("digits-mlp")) == 7
     for arguments in README.commands("digits-mlp"):
         assert shell.run(*arguments)
 
@@ -71,6 +79,31 @@ def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
         return sorted(re.sub(r"=[\d.e-]+", "=N", line) for line in text.strip().splitlines())
 
     assert form(README.block("output of best")) == form(real)
+
+
+def test_the_shown_end_of_replay_is_the_real_one(finished):
+    shell, _ = finished
+    (arguments,) = [a for a in README.commands("digits-mlp") if a[0] == "replay"]
+    said = json.loads(shell.run(*arguments, "--json"))
+    assert re.fullmatch(
+        r"Equal: the losses of all \d+ epochs are the same to the last bit.", README.block("output of replay").strip()
+    )
+    assert said["verdict"] in ("equal", "within tolerance")
+
+
+def test_bash_completes_after_the_shown_line(tmp_path, sqlite_database, make_spec):
+    for name in ("digits-mlp", "digits-cnn"):
+        submit_study(sqlite_database, make_spec(name=name), None, lambda _: None)
+    (tmp_path / "momentum-tuner").write_text(f'#!/bin/sh\nexec {sys.executable} -m momentum_tuner "$@"\n')
+    (tmp_path / "momentum-tuner").chmod(0o755)
+    script = README.block("commands of completion") + (
+        "COMP_WORDS=(momentum-tuner status digits-c) COMP_CWORD=2\n"
+        "_momentum_tuner_completion momentum-tuner\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    environment = {**Shell(tmp_path).environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("digits-cnn\n", "")
 
 
 def test_your_own_model_runs_as_written(shell):

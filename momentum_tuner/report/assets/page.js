@@ -107,6 +107,7 @@
   // The table of trials
 
   const SHOWN = 100;
+  const ON_PAPER = ["kind", "optimizer", "number", "seed", "outcome", "objective", "learning_rate", "momentum"];
   const state = { column: null, up: true, all: false };
 
   function textOf(value) {
@@ -152,6 +153,7 @@
         if (typeof value === "number") cell.className = "number";
         if (columns[at] === "reason" && value) cell.className = "long";
         if (at === outcome) cell.className = `outcome-${value}`;
+        if (!ON_PAPER.includes(columns[at])) cell.classList.add("detail");
         line.append(cell);
       });
       return line;
@@ -172,6 +174,7 @@
     const { columns, rows, titles } = data.trials;
     const heads = titles.map((title, at) => {
       const heading = document.createElement("th");
+      if (!ON_PAPER.includes(columns[at])) heading.className = "detail";
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = title;

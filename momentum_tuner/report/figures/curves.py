@@ -39,7 +39,7 @@ def learning_curves(spec: StudySpec, curves: Curves, metric: str, maximize: bool
                 "label": {"text": f"target {shown(target)}", "textposition": "end", "font": {"color": "--ink"}},
             }
         ]
-    caption = f"{_over(curves)} A seed that diverged counts as the worst from there on."
+    caption = f"{_over(curves)} A seed that diverged counts as the worst from there on: where half have, the line ends."
     return Figure(f"learning-curves-{metric.replace('_', '-')}", f"Learning curves: {name}", caption, found, layout)
 
 
@@ -70,7 +70,7 @@ def stability_panel(spec: StudySpec, curves: Curves) -> list[Figure]:
     for measure, label, caption, value in panels:
         traces = bands(spec, curves, value, math.nan, trained_only=True)
         values = [v for t in traces for v in t["y"]]
-        layout = {"xaxis": axis("optimizer step"), "yaxis": fitting_axis(label, values)}
+        layout = {"xaxis": axis("optimizer step"), "yaxis": {**fitting_axis(label, values), "rangemode": "nonnegative"}}
         title = measure.replace("_", " ").replace("layer grad ratio", "gradient ratio").capitalize()
         if any(trace["y"] for trace in traces):
             found.append(Figure(f"stability-{measure.replace('_', '-')}", title, caption, traces, layout, 340))
