@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,10 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
+from rich.console import Console
 
+from momentum_tuner.cli.comparison_tables import print_comparison
+from momentum_tuner.comparison import compare_study
 from momentum_tuner.database import Database, Ticket
 from momentum_tuner.search import design
 from momentum_tuner.tickets import (
@@ -234,6 +238,17 @@ def test_a_study_with_two_aims_is_pruned_by_the_validation_loss_and_ends(databas
     front = best_settings(database, study)
     assert front
     assert all(0 < b.objective <= 900 and 0 <= b.second_objective <= 1 for b in front)
+    compared = compare_study(database, study)
+    points = [point for point in compared.front if point.optimizer == "momentum"]
+    assert [(p.trial, p.values) for p in points] == [
+        (b.trial, {"steps_to_target": b.objective, "oscillation": b.second_objective}) for b in front
+    ]
+    with io.StringIO() as page:
+        print_comparison(Console(file=page, width=80), compared)
+        shown = page.getvalue().partition("its front in the search")[2].partition("stability,")[0]
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = [line.split() for line in shown.splitlines() if line.strip().startswith("momentum ")]
+    assert [int(line[-1]) for line in lines] == [b.trial for b in front]
     storage = optuna.storages.RDBStorage(database.text)
     found = optuna.load_study(study_name="digits-mlp/momentum", storage=storage)
     assert len(found.directions) == 2

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from momentum_tuner.cli.tables import number, plain_table
-from momentum_tuner.comparison import Comparison, Contestant, Pair, Profile
+from momentum_tuner.comparison import Comparison, Contestant, FrontPoint, Pair, Profile
 from momentum_tuner.tracking.runs import short_momentum
 
 PROFILE_TAUS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -33,6 +33,8 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     print_contestants(out, comparison)
     if comparison.pairs:
         out.print(pairs_table(comparison.pairs))
+    if comparison.front:
+        out.print(front_table(comparison.front))
     if any(c.seeds for c in comparison.optimizers):
         out.print(_measures_table("stability, means over the seeds", comparison.optimizers, _STABILITY))
     if comparison.pairs:
@@ -104,6 +106,19 @@ def pairs_table(pairs: Sequence[Pair]) -> Table:
     for pair in pairs:
         interval = f"{pair.low:.3g} to {pair.high:.3g}"
         table.add_row(_names(pair), f"{pair.speed_ratio:.3g}", interval, f"{pair.p:.2g}", pair.verdict)
+    return table
+
+
+def front_table(front: Sequence[FrontPoint]) -> Table:
+    """The settings that none of the same optimizer is better than in both aims; they may trade one for the other."""
+    table = plain_table("what each optimizer can trade for what: its front in the search")
+    table.add_column("optimizer", no_wrap=True)
+    for name in ("learning\nrate", "momentum", *(aim.replace("_", " ") for aim in front[0].values), "trial"):
+        table.add_column(name, justify="right")
+    for point in front:
+        momentum = "-" if point.momentum is None else short_momentum(point.momentum)
+        values = [number(value) for value in point.values.values()]
+        table.add_row(point.optimizer, f"{point.learning_rate:.4g}", momentum, *values, str(point.trial))
     return table
 
 

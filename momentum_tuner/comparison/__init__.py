@@ -7,7 +7,7 @@ from momentum_tuner.comparison.landscape import (
     StabilityMap,
     stability_map,
 )
-from momentum_tuner.comparison.outcome import Comparison, Contestant, Difference, Pair
+from momentum_tuner.comparison.outcome import Comparison, Contestant, Difference, FrontPoint, Pair
 from momentum_tuner.comparison.profile import Profile, ProfileLine, performance_profile
 from momentum_tuner.comparison.study import compare_study
 
@@ -15,6 +15,7 @@ __all__ = [
     "Comparison",
     "Contestant",
     "Difference",
+    "FrontPoint",
     "MeasuredEdge",
     "Pair",
     "Point",

@@ -97,6 +97,25 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class FrontPoint:
+    """A search trial of a study with two aims that no other of its optimizer is better than in both.
+
+    Attributes:
+        optimizer: whose.
+        trial: its number.
+        learning_rate: of its setting.
+        momentum: of its setting; 0 for plain SGD, None for an optimizer that has none.
+        values: the two aims by name, as measured in the search.
+    """
+
+    optimizer: str
+    trial: int
+    learning_rate: float
+    momentum: float | None
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The comparison of a study's contestants, best first, and of their pairs.
 
@@ -111,6 +130,7 @@ class Comparison:
         optimizers: the contestants, the fastest first.
         pairs: all pairs, in the order of the contestants.
         notes: what a reader must know to trust the numbers, such as a contestant that has no completed trial.
+        front: with two aims each optimizer's Pareto front; the first of an optimizer is what was confirmed.
     """
 
     study: str
@@ -123,6 +143,7 @@ class Comparison:
     optimizers: tuple[Contestant, ...]
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
+    front: tuple[FrontPoint, ...] = ()
 
     def flat(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -10,7 +10,7 @@ import numpy as np
 from momentum_tuner.comparison.confirmation import Confirmation, read_confirmation, read_curves
 from momentum_tuner.comparison.landscape import lr_sensitivity, momentum_of, search_trials, stable_width
 from momentum_tuner.comparison.notes import notes_on, tally
-from momentum_tuner.comparison.outcome import Comparison, Contestant
+from momentum_tuner.comparison.outcome import Comparison, Contestant, FrontPoint
 from momentum_tuner.comparison.pairs import Raced, compare_pairs
 from momentum_tuner.comparison.statistics import counted_steps, geometric_mean
 from momentum_tuner.database import Database
@@ -31,7 +31,8 @@ def compare_study(database: Database, study: StudyRecord) -> Comparison:
     spec = study.spec
     counted = tally(database, study)
     winners: dict[str, BestSetting] = {}
-    for best in best_settings(database, study, contestants=True):
+    settings = best_settings(database, study, contestants=True)
+    for best in settings:
         winners.setdefault(best.optimizer, best)  # with two aims the first point of a front is what was confirmed
     confirmed = {optimizer: read_confirmation(database, study, best) for optimizer, best in winners.items()}
     curves: Curves = {optimizer: read_curves(database, c) for optimizer, c in confirmed.items()}
@@ -58,6 +59,18 @@ def compare_study(database: Database, study: StudyRecord) -> Comparison:
         optimizers=tuple(_contestant(database, study, confirmed[o], raced.get(o)) for o in ranked),
         pairs=compare_pairs(list(raced.values())),
         notes=tuple(notes_on(spec, counted, confirmed, raced, target)),
+        front=tuple(_front_point(study, best) for best in settings if best.second_objective is not None),
+    )
+
+
+def _front_point(study: StudyRecord, best: BestSetting) -> FrontPoint:
+    values = [best.objective, best.second_objective or 0.0]
+    return FrontPoint(
+        optimizer=best.optimizer,
+        trial=best.trial,
+        learning_rate=best.settings["learning_rate"],
+        momentum=momentum_of(best.optimizer, best.settings),
+        values={aim.metric: value for aim, value in zip(study.spec.objective.aims, values, strict=True)},
     )
 
 
