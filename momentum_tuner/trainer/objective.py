@@ -5,28 +5,26 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
-from momentum_tuner.trainer.dropout import key_dropout
 from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
+from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
+from momentum_tuner.trainer.wrapper import Wrapper
 
 PARITY_TOLERANCE = 1e-2
 """Relative difference of a fused gradient from a solo one above which a model is not trusted to vmap."""
-
-_FUSED_LIBRARIES = ("mkldnn", "cudnn", "miopen")
-"""Libraries whose whole-layer operations vmap cannot batch, while torch's own in their place it can."""
 
 
 @dataclass(frozen=True)
@@ -35,54 +33,6 @@ class Start:
 
     row: Tensor
     buffers: dict[str, Tensor]
-
-
-class _Wrapper(nn.Module):
-    """The task's model, with its loss and metrics as the forward pass, so that `functional_call` reaches all."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model = model
-        self.task = task
-        self.key_names, self._calls = key_dropout(model)
-
-    def forward(self, batch: Any) -> Tensor:
-        self._calls.made = 0
-        if self.training:
-            return self.task.loss(self.model, batch)
-        with _called_once(self.model):
-            loss = self.task.loss(self.model, batch)
-            others = [metric(self.model, batch) for metric in self.task.metrics.values()]
-        return torch.stack([loss, *(m.to(loss.dtype) for m in others)])
-
-
-@contextmanager
-def _called_once(model: nn.Module) -> Iterator[None]:
-    """Let the loss and the metrics share one forward pass, where they call the model on the very same tensors.
-
-    An output that was changed in place since is not given out again.
-    """
-    seen: list[tuple[tuple[Any, ...], Tensor, int]] = []
-    before = model.__dict__.get("forward")
-    forward = model.forward
-
-    def remembering(*args: Any, **kwargs: Any) -> Any:
-        for known, out, version in seen:
-            same = len(known) == len(args) and all(a is b for a, b in zip(known, args, strict=True))
-            if same and not kwargs and out._version == version:
-                return out
-        out = forward(*args, **kwargs)
-        if isinstance(out, Tensor) and not kwargs:
-            seen.append((args, out, out._version))
-        return out
-
-    model.__dict__["forward"] = remembering
-    try:
-        yield
-    finally:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before
 
 
 class Objective:
@@ -106,8 +56,10 @@ class Objective:
         self.validation = Validation(task, device, self._dtype)
         with RandomStream(0):
             model = self._build()
-        self.wrapper = _Wrapper(model, task)
-        self.keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
+        self._draws_within = draws_within(model)
+        self.wrapper = Wrapper(model, task)
+        self._keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
+        self._lowering = Lowering(self.wrapper.calls.drop)
         self.layout = Layout.of(model)
         first = self._start(0)
         self.shared: dict[str, Tensor] = {}
@@ -116,15 +68,16 @@ class Objective:
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
         """Shape and dtype of the buffers that each slot has of its own."""
-        self._native = False
         self.reason: str | None = "asked for"
         if mode != "sequential":
             why = self._why_not_fused(probe)
-            if why is not None and any(library in why for library in _FUSED_LIBRARIES):
-                self._native = True
-                why = self._why_not_fused(probe)
             self.reason = why if mode == "auto" else None
         self.batch_slots = self.reason is None
+
+    @property
+    def draws(self) -> bool:
+        """Whether fused slots need keys, as the model draws random numbers."""
+        return bool(self._keys) or self._draws_within
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -220,19 +173,22 @@ class Objective:
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
-        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
+        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None, lowered: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The wrapper's output, and the buffers as the forward pass left them."""
+        """The wrapper's output, and the buffers as the forward pass left them; `lowered` for vmap."""
         state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
         state |= self.shared
         state |= buffers
+        self.wrapper.calls.key = key
         if key is not None:
-            state |= dict.fromkeys(self.keys, key)
-        if self.autocast:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                out = functional_call(self.wrapper, state, (batch,))
-        else:
+            state |= dict.fromkeys(self._keys, key)
+        with ExitStack() as stack:
+            if lowered or self._draws_within:
+                stack.enter_context(self._lowering)
+            if self.autocast:
+                stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             out = functional_call(self.wrapper, state, (batch,))
+        self.wrapper.calls.key = None
         for name, value in self.shared.items():
             if state[name] is not value:
                 raise TaskError(_late_change(name))
@@ -241,7 +197,7 @@ class Objective:
     def _loss(
         self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        loss, after = self._call(row, buffers, batch, key)
+        loss, after = self._call(row, buffers, batch, key, lowered=True)
         return loss, (loss, after)
 
     def _fused_gradient(
@@ -250,8 +206,7 @@ class Objective:
         batched = None if batch.shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch.tensors)
         in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
-        with self._operations():
-            grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
+        grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
         return grads, aux
 
     def _gradient_one_by_one(
@@ -274,15 +229,9 @@ class Objective:
 
     def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch) -> Tensor:
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            def forward(row: Tensor) -> Tensor:
-                with torch.no_grad():
-                    return self._call(row, own, data.tensors, None)[0]
+            return self._call(row, own, data.tensors, None, lowered=True)[0]
 
-            # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
-            out: Tensor = vjp(forward, row)[0]
-            return out
-
-        with self._operations(), torch.no_grad():
+        with torch.no_grad():
             fused: Tensor = vmap(one, randomness="error")(rows, buffers)
         return fused
 
@@ -296,26 +245,11 @@ class Objective:
                 found.append(self._call(rows[slot], own, data.tensors, None)[0])
         return torch.stack(found)
 
-    @contextmanager
-    def _operations(self) -> Iterator[None]:
-        """Torch's own operations in place of oneDNN's and cuDNN's while slots are fused, if the model needs that."""
-        if not self._native:
-            yield
-            return
-        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-        try:
-            yield
-        finally:
-            torch._C._set_mkldnn_enabled(onednn)
-            torch._C._set_cudnn_enabled(cudnn)
-
     def _why_not_fused(self, probe: Batch) -> str | None:
         """None if vmap batches the model well and rightly, else the reason in one line."""
         starts = [self.start(seed) for seed in (0, 1)]
         rows = torch.stack([s.row for s in starts])
-        keys = torch.arange(2, dtype=torch.int64, device=self.device) if self.keys else None
+        keys = torch.arange(2, dtype=torch.int64, device=self.device) if self.draws else None
 
         def buffers() -> dict[str, Tensor]:
             return {n: torch.stack([s.buffers[n] for s in starts]) for n in starts[0].buffers}
@@ -344,14 +278,14 @@ class Objective:
             ("loss", losses, solo_losses),
             ("validation loss", evaluated[:, 0], solo_evaluated[:, 0]),
         ):
-            difference = _relative_difference(ours, theirs)
+            difference = relative_difference(ours, theirs)
             # bfloat16 rounds the two so coarsely that nothing follows from a difference.
             if difference > PARITY_TOLERANCE and not self.autocast:
                 return f"its fused {what} differs from the solo one by {difference:.1%}"
         return None
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm expected; infinite where only one of them is finite."""
     finite = found.isfinite()
     if not torch.equal(finite, expected.isfinite()):

@@ -314,7 +314,7 @@ class Trainer:
         start = self.objective.start(0)
         rows = start.row.expand(slots, -1).contiguous()
         buffers = {name: value.expand(slots, *value.shape).contiguous() for name, value in start.buffers.items()}
-        keys = torch.zeros(slots, dtype=torch.int64, device=self.device) if self.objective.keys or not fused else None
+        keys = torch.zeros(slots, dtype=torch.int64, device=self.device) if self.objective.draws or not fused else None
         times = []
         for _ in range(_TIMED_GRADIENTS):
             started = time.perf_counter()
