@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
+from momentum_tuner.trainer.products import fast_products
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
+from momentum_tuner.trainer.replay import Replay, relative_difference
 from momentum_tuner.trainer.wrapper import Wrapper
 
+GRADIENT, EVALUATION = "gradient", "evaluation"
+"""The fused functions by name, as `Replay` knows them."""
 PARITY_TOLERANCE = 1e-2
 """Relative difference of a fused gradient from a solo one above which a model is not trusted to vmap."""
 
@@ -60,6 +65,7 @@ class Objective:
         self.wrapper = Wrapper(model, task)
         self._keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
         self._lowering = Lowering(self.wrapper.calls.drop)
+        self.replay = Replay(self.wrapper)
         self.layout = Layout.of(model)
         first = self._start(0)
         self.shared: dict[str, Tensor] = {}
@@ -111,11 +117,12 @@ class Objective:
             keys: `[slots]` int64, what the slots' random numbers follow from, or None if the model draws none.
             fused: all slots at once or one after the other, whatever `batch_slots` says.
         """
-        self.wrapper.train()
         if not (self.batch_slots if fused is None else fused) or batch.separate:
             return self._gradient_one_by_one(rows, buffers, batch, keys)
-        grads, (loss, after) = self._fused_gradient(rows, buffers, batch, keys)
-        for name, value in after.items():
+        arguments = (rows, True), (buffers, True), (batch.tensors, not batch.shared), (keys, True)
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+            grads, loss, *after = self.replay.call(GRADIENT, partial(self._fused_gradient, batch.shared), *arguments)
+        for name, value in zip(buffers, after, strict=True):
             if value is not buffers[name]:
                 buffers[name].copy_(value)
         return grads, loss
@@ -130,10 +137,11 @@ class Objective:
             part: its number in the validation set; a model that draws random numbers draws the same ones for it
                 every time.
         """
-        self.wrapper.eval()
-        if self.batch_slots:
-            return self._fused_evaluation(rows, buffers, data)
-        return self._evaluate_one_by_one(rows, buffers, data, part)
+        if not self.batch_slots:
+            return self._evaluate_one_by_one(rows, buffers, data, part)
+        arguments = (rows, True), (buffers, True), (data.tensors, False)
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+            return self.replay.call(EVALUATION, self._fused_evaluation, *arguments)[0]
 
     def check_shared(self) -> None:
         """See that nothing has written to what all slots share.
@@ -201,17 +209,20 @@ class Objective:
         return loss, (loss, after)
 
     def _fused_gradient(
-        self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        batched = None if batch.shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch.tensors)
+        self, shared: bool, rows: Tensor, buffers: dict[str, Tensor], batch: Any, keys: Tensor | None
+    ) -> list[Tensor]:
+        """Gradients `[slots, parameters]`, losses `[slots]`, and the buffers after the forward pass."""
+        self.wrapper.train()
+        batched = None if shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch)
         in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
-        grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
-        return grads, aux
+        grads, (_, (loss, after)) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch, keys)
+        return [grads, loss, *after.values()]
 
     def _gradient_one_by_one(
         self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        self.wrapper.train()
         grads = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
         seeds = [0] * len(rows) if keys is None else keys.tolist()
@@ -227,16 +238,17 @@ class Objective:
                     buffers[name][slot].copy_(value.detach())
         return grads, losses
 
-    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch) -> Tensor:
-        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return self._call(row, own, data.tensors, None, lowered=True)[0]
+    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Any) -> list[Tensor]:
+        self.wrapper.eval()
 
-        with torch.no_grad():
-            fused: Tensor = vmap(one, randomness="error")(rows, buffers)
-        return fused
+        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            return self._call(row, own, data, None, lowered=True)[0]
+
+        return [vmap(one, randomness="error")(rows, buffers)]
 
     @torch.no_grad()
     def _evaluate_one_by_one(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
+        self.wrapper.eval()
         found = []
         with RandomStream(0) as stream:
             for slot in range(len(rows)):
@@ -258,10 +270,9 @@ class Objective:
             with RandomStream(0), vmap_warnings() as slow:
                 data = next(iter(self.validation)).batch
                 before = random.getstate(), str(np.random.get_state())
-                self.wrapper.train()
-                fused, (losses, _) = self._fused_gradient(rows, buffers(), probe, keys)
-                self.wrapper.eval()
-                evaluated = self._fused_evaluation(rows, buffers(), data)
+                fused, losses, *_ = self._fused_gradient(True, rows, buffers(), probe.tensors, keys)
+                with torch.no_grad():
+                    (evaluated,) = self._fused_evaluation(rows, buffers(), data.tensors)
                 if before != (random.getstate(), str(np.random.get_state())):
                     return "it draws from Python's or NumPy's random generator, which slots cannot share"
         except Exception as error:
@@ -269,9 +280,7 @@ class Objective:
             return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         if slow:
             return slow[0]
-        self.wrapper.train()
         solo, solo_losses = self._gradient_one_by_one(rows, buffers(), probe, keys)
-        self.wrapper.eval()
         solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
         for what, ours, theirs in (
             ("gradient", fused, solo),
@@ -283,15 +292,6 @@ class Objective:
             if difference > PARITY_TOLERANCE and not self.autocast:
                 return f"its fused {what} differs from the solo one by {difference:.1%}"
         return None
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm expected; infinite where only one of them is finite."""
-    finite = found.isfinite()
-    if not torch.equal(finite, expected.isfinite()):
-        return float("inf")
-    scale = expected[finite].norm().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((found[finite] - expected[finite]).norm() / scale)
 
 
 def _late_change(name: str) -> str:
