@@ -1,15 +1,18 @@
 """Slots: admit, run an epoch, release, export and import one slot's state."""
 
+from momentum_tuner.trainer.calibration import Calibration, Way
 from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
 from momentum_tuner.trainer.state import SlotState, TrialSettings
 from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
 
 __all__ = [
+    "Calibration",
     "ScheduleSettings",
     "SlotState",
     "SlotsOutOfMemoryError",
     "Trainer",
     "TrialSettings",
     "UnfinishedStepError",
+    "Way",
     "is_out_of_memory",
 ]

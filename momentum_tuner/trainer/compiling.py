@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,7 +34,15 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
         warnings.simplefilter("ignore")  # those of torch's own code
         compiled: Compiled = torch.compile(graph.forward)
         compiled(*examples)
+    mark = _mark(graph)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     return compiled
+
+
+def was_compiled(graph: fx.GraphModule) -> bool:
+    """Whether the compiled code of a graph is kept from before."""
+    return _mark(graph).exists()
 
 
 def without_recompiling(compiled: Compiled, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -47,6 +56,17 @@ def without_recompiling(compiled: Compiled, tensors: Sequence[Tensor]) -> Sequen
 
 
 def compiled_code() -> Path:
-    """Where compiled code is kept between runs, unless `TORCHINDUCTOR_CACHE_DIR` says otherwise."""
+    """Where compiled code is kept between runs: `TORCHINDUCTOR_CACHE_DIR`, or a folder of the user's cache.
+
+    Code for another number of threads is other code, which torch's cache does not tell apart.
+    """
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "momentum-tuner" / "compiled"
+    return Path(base) / "momentum-tuner" / f"compiled-{torch.get_num_threads()}"
+
+
+def _mark(graph: fx.GraphModule) -> Path:
+    """A file that says that a graph has been compiled."""
+    what = f"{torch.__version__} {torch.get_num_threads()} {graph.code}"
+    return compiled_code() / "graphs" / hashlib.sha256(what.encode()).hexdigest()

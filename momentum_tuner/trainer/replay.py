@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from momentum_tuner.trainer.capture import capture
-from momentum_tuner.trainer.compiling import compile_graph, without_recompiling
+from momentum_tuner.trainer.compiling import compile_graph, was_compiled, without_recompiling
 from momentum_tuner.trainer.memory import first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Replay:
         self.failed = False
         """Whether compiling failed."""
         self._model = model
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: dict[tuple[Hashable, ...], _Kind] = {}
 
     def call(self, name: str, function: Callable[..., list[Tensor]], *arguments: tuple[Any, bool]) -> Sequence[Tensor]:
         """What a function returns.
@@ -91,6 +92,30 @@ class Replay:
             return self._begin(name, kind, call, tensors, rows)
         return runner(*tensors)
 
+    @contextmanager
+    def compiling(self, name: str) -> Iterator[None]:
+        """Compile what is called meanwhile of a function."""
+        before, self.compiles = self.compiles, self.compiles | {name}
+        for kind in self._of(name):
+            kind.runners.clear()
+        try:
+            yield
+        finally:
+            self.compiles = before
+
+    def forget_compiled(self) -> None:
+        """Go on with the graphs as they were captured."""
+        for kind in self._kinds.values():
+            kind.compiled = None
+            kind.runners.clear()
+
+    def keeps_compiled(self, name: str) -> bool:
+        """Whether a captured graph of a function has been compiled before, in this or an earlier run."""
+        return any(kind.graph is not None and was_compiled(kind.graph) for kind in self._of(name))
+
+    def _of(self, name: str) -> list[_Kind]:
+        return [kind for key, kind in self._kinds.items() if key[0] == name]
+
     def _begin(
         self, name: str, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]
     ) -> Sequence[Tensor]:
@@ -107,7 +132,7 @@ class Replay:
                 kind.refused = True
                 return call(*tensors)
         candidates: list[Runner] = [kind.graph.forward]
-        if name in self.compiles and len(tensors[0]) > 1:
+        if (name in self.compiles or kind.compiled is not None) and len(tensors[0]) > 1:
             candidates[:0] = self._compiled(kind, kind.graph, tensors, stacked)
         copies = [
             [t.clone() if has_rows else t for t, has_rows in zip(tensors, stacked, strict=True)] for _ in candidates
