@@ -144,6 +144,29 @@ def test_a_trainer_takes_what_is_known_and_measures_nothing(monkeypatch, caplog)
     ]
 
 
+def test_a_model_that_fails_while_it_is_measured_is_left_to_its_trials(caplog):
+    caplog.set_level(logging.INFO, "momentum_tuner.trainer")
+    calls = []
+
+    def loss(model, batch):
+        calls.append(model)
+        if len(calls) > 6:
+            raise ValueError("the data ran out")
+        return TASK.loss(model, batch)
+
+    trainer = Trainer(replace(TASK, loss=loss), epochs=1, most=16)
+    assert trainer.width == 16 and not trainer.pace.calibration.seconds
+    assert [r.getMessage() for r in caplog.records] == [
+        "the ways of training were not measured: ValueError: the data ran out"
+    ]
+    calls.clear()
+    trainer.admit("a", TrialSettings("sgd", {"learning_rate": 0.1}, 64, 0))
+    calls += [None] * 10
+    with pytest.raises(ValueError, match="the data ran out"):
+        list(trainer.train_epoch())
+    assert trainer.failed == ["a"]
+
+
 # --- compiling
 
 

@@ -58,6 +58,15 @@ def worker_options(command: Command) -> Command:
             help="Trials that one worker trains at once.",
         ),
         click.option(
+            "--compile",
+            "compiles",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            show_default=True,
+            help="Whether workers compile the training step; auto does so once what is left to train repays the minute "
+            "or so that it takes.",
+        ),
+        click.option(
             "--device",
             metavar="auto|cpu|cuda|cuda:0,1",
             default="auto",

@@ -47,6 +47,7 @@ class WorkerArguments:
     ray_address: str | None
     gpus_per_worker: float | None
     slots: str
+    compiles: str
     trust: tuple[str, ...]
     verbose: bool
 
@@ -246,6 +247,7 @@ def _workers(
     options = WorkerOptions(
         studies=tuple(names),
         slots=parse_slots(arguments.slots),
+        compiles=arguments.compiles,
         trust=tuple(trusted),
         forever=forever,
         ordinal=ordinal,

@@ -3,9 +3,10 @@
 from momentum_tuner.trainer.calibration import Calibration, Way
 from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
 from momentum_tuner.trainer.state import SlotState, TrialSettings
-from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
+from momentum_tuner.trainer.trainer import FUSED_WIDTH, ScheduleSettings, Trainer
 
 __all__ = [
+    "FUSED_WIDTH",
     "Calibration",
     "ScheduleSettings",
     "SlotState",

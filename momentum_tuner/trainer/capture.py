@@ -13,13 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch.autograd_function import custom_function_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from momentum_tuner.trainer.lowering.slotwise import SlotFunction
 
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., Sequence[Tensor]]
 """Takes tensors, of which the first has one row per slot, and returns tensors."""
 
+_READING = frozenset(
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "is_nonzero")
+) | {torch.equal, torch.allclose}
+"""Functions by which Python reads a tensor's values, which a graph would not read again."""
 _WIDTHS = (3, 5)
 """Of the two traces: above 1, for which torch takes shortcuts, and unlike each other."""
 
@@ -63,8 +72,23 @@ def _trace(function: Function, tensors: Sequence[Tensor], stacked: Sequence[bool
     """The graph at one width, on copies of the tensors' rows."""
     rows = torch.arange(width, device=tensors[0].device) % len(tensors[0])
     copies = [t[rows] if has_rows else t.clone() for t, has_rows in zip(tensors, stacked, strict=True)]
-    graph: fx.GraphModule = make_fx(function)(*copies)
+    with _RefuseReading():
+        graph: fx.GraphModule = make_fx(function)(*copies)
+    for node in graph.graph.nodes:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(getattr(node.target, "tags", ())):
+            raise NotCapturedError(f"{node.target} depends on values")
     return graph
+
+
+class _RefuseReading(TorchFunctionMode):
+    """Sees that Python takes no tensor's value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func in _READING:
+            raise NotCapturedError("Python code reads values of its tensors")
+        if func is custom_function_call and not (args[0].generate_vmap_rule or issubclass(args[0], SlotFunction)):
+            raise NotCapturedError(f"{args[0].__name__} has a rule for vmap in Python")
+        return func(*args, **(kwargs or {}))
 
 
 def _plain_attributes(module: nn.Module) -> list[tuple[str, str, Any]]:

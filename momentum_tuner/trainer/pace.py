@@ -8,8 +8,18 @@ from dataclasses import replace
 
 import torch
 
-from momentum_tuner.trainer.calibration import COMPILED, FUSED, SEQUENTIAL, Calibration, Stopwatch, Way, calibrate
+from momentum_tuner.trainer.calibration import (
+    COMPILED,
+    FUSED,
+    SEQUENTIAL,
+    SEQUENTIAL_WIDTH,
+    Calibration,
+    Stopwatch,
+    Way,
+    calibrate,
+)
 from momentum_tuner.trainer.data import Batch
+from momentum_tuner.trainer.memory import first_line
 from momentum_tuner.trainer.objective import GRADIENT, Objective
 
 logger = logging.getLogger(__name__)
@@ -33,16 +43,24 @@ class Pace:
         """CPU threads with which an operation is fastest, where that was measured; setting them is up to the caller."""
         self._objective = objective
         self._batch = batch
-        self._considers = compiles == "auto"
+        self.considers = compiles == "auto"
+        """Whether `consider_compiling` may still do something."""
         if compiles == "on":
             objective.replay.compiles = frozenset({GRADIENT})
             objective.replay.patience = 0
 
     def choose(self, most: int) -> int:
-        """Take the fastest way of training up to a width, measured now unless that is known; returns its width."""
+        """Take the fastest way of training up to a width, measured now unless that is known; returns its width.
+
+        What goes wrong in the measurement is left to the trials, which are the ones to say so.
+        """
         objective = self._objective
         if not self.calibration.seconds:
-            self.calibration = calibrate(objective, self._batch(), most, objective.batch_slots)
+            try:
+                self.calibration = calibrate(objective, self._batch(), most, objective.batch_slots)
+            except Exception as error:
+                logger.info("the ways of training were not measured: %s", first_line(error))
+                return most if objective.batch_slots else min(most, SEQUENTIAL_WIDTH)
         way = self.calibration.best(most)
         self.threads = way.threads
         if way.mode == FUSED:
@@ -59,7 +77,7 @@ class Pace:
             width: slots that train fused.
             trial_steps: that are left to train, about.
         """
-        if not self._considers or not self._objective.batch_slots or width < 2:
+        if not self.considers or not self._objective.batch_slots or width < 2:
             return
         replay = self._objective.replay
         way = Way(FUSED, width, self.threads or torch.get_num_threads())
@@ -68,7 +86,7 @@ class Pace:
         kept = replay.keeps_compiled(GRADIENT)
         if not self.calibration.expects_to_repay(way, trial_steps, kept):
             return
-        self._considers = False
+        self.considers = False
         watch = self._stopwatch()
         seconds = watch.seconds(replace(way, mode=COMPILED))
         took = watch.spent

@@ -30,9 +30,10 @@ from momentum_tuner.tickets import (
     set_trials,
     with_trial,
 )
-from momentum_tuner.trainer import ScheduleSettings, SlotsOutOfMemoryError, SlotState, Trainer
+from momentum_tuner.trainer import SlotsOutOfMemoryError, SlotState
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
+from momentum_tuner.worker.pacing import Pacing
 from momentum_tuner.worker.results import flat_measures, rung_value, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
@@ -83,17 +84,8 @@ class StudyWorker:
         self.target = None if target == "auto" else Target(target, aim.metric, aim.maximize)
         for aim in self.spec.objective.aims:
             check_objective(aim.metric, task)
-        schedule = self.spec.schedule
-        self.trainer = Trainer(
-            task,
-            epochs=self.spec.budget.epochs,
-            slots=options.slots,
-            device=options.device,
-            precision=self.spec.precision,
-            schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
-        )
-        if options.slots is None:
-            self.trainer.width = max(1, self.trainer.width // options.sharing)
+        self.pacing = Pacing(database, study, options)
+        self.trainer = self.pacing.make_trainer(task)
         self.search = Search(database, self.spec, options.ordinal)
         self.saver = Saver(database, store, study, worker_id, options.checkpoint_seconds, options.grace_seconds)
         self.held: dict[int, Held] = {}
@@ -116,6 +108,8 @@ class StudyWorker:
         while not self.stop.asked:
             answered = self._synchronize()
             if self.trainer.keys and (answered or self._unwritten() < MOST_UNWRITTEN):
+                if answered:
+                    self.pacing.consider_compiling(self.trainer, self._epochs_left())
                 self._train()
             elif self.held:
                 time.sleep(POLL_SECONDS / 20)  # until the database answers, or a checkpoint is written
@@ -444,6 +438,11 @@ class StudyWorker:
 
     def _in(self, *stages: Stage) -> list[Held]:
         return [h for h in self.held.values() if h.stage in stages]
+
+    def _epochs_left(self) -> int:
+        """Epochs left to train of the trials that hold a slot."""
+        training = self._in(Stage.TRAINING)
+        return sum(self.spec.budget.epochs - held.records[-1].epoch for held in training if held.records)
 
     def _unwritten(self) -> int:
         return sum(len(h.records) - h.written for h in self.held.values())
