@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
+    from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn, digits_transformer
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
     from momentum_tuner.tasks.loader import load_task, trust_of
     from momentum_tuner.tasks.task import Task, check_objective, check_task
@@ -24,6 +24,7 @@ __all__ = [
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
+    "digits_transformer",
     "double_well",
     "load_task",
     "quadratic",
@@ -39,6 +40,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "digits_mlp": "momentum_tuner.tasks.digits:digits_mlp",
         "digits_cnn": "momentum_tuner.tasks.digits:digits_cnn",
         "digits_rnn": "momentum_tuner.tasks.digits:digits_rnn",
+        "digits_transformer": "momentum_tuner.tasks.digits:digits_transformer",
     }
 )
 """The built-in tasks by name, `momentum_tuner.tasks:<name>` in a study file, and where each is defined."""
