@@ -13,7 +13,8 @@
     │   └── MissingExtraError     an optional package is not installed
     └── StudyFailedError          the work itself failed: exit code 1
 
-A trial that diverges is a result (`outcome = "diverged"`), not an exception.
+A trial that diverges is a result (`outcome = "diverged"`), not an exception. `TrialError` is not of this tree: it
+fails one trial, and the study goes on.
 """
 
 import re
@@ -73,7 +74,12 @@ class StudyFailedError(MomentumTunerError):
     """The study could not be brought to its end."""
 
 
+class TrialError(Exception):
+    """A trial cannot go on, for the reason that the message says in full."""
+
+
 _USER = re.compile(r"([a-zA-Z][\w+.-]*://)\S*@")  # up to the last @ of the word: a password may hold one
+_LONGEST_TRACEBACK = 4000
 _OPTION = re.compile(r"((?:password|passwd|pwd|token|secret)=)[^\s&;'\"]+", re.IGNORECASE)
 
 
@@ -84,7 +90,23 @@ def redact(text: str) -> str:
 
 def describe_failure(error: BaseException) -> str:
     """One line on what went wrong and where, without secrets."""
+    if isinstance(error, TrialError):
+        return redact(str(error))[:500]
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines()
     return redact(f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}")[:500]
+
+
+def describe_traceback(error: BaseException) -> str:
+    """The innermost frames of an error, deepest last, and what it says; no line of source, which may hold a secret."""
+    frames = [f'File "{f.filename}", line {f.lineno}, in {f.name}' for f in traceback.extract_tb(error.__traceback__)]
+    says = redact("".join(traceback.format_exception_only(error)).strip())[-_LONGEST_TRACEBACK:]
+    room = _LONGEST_TRACEBACK - len(says)
+    kept: list[str] = []
+    for frame in map(redact, reversed(frames)):  # the deepest tell most
+        room -= len(frame) + 1
+        if room < 0:
+            break
+        kept.insert(0, frame)
+    return "\n".join([*kept, says])

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from momentum_tuner.catalog import OPTIMIZERS
+
 Array = NDArray[np.float64]
 
 SPIKE_HORIZON = 50
@@ -273,6 +275,47 @@ def contraction(records: Sequence[EpochRecord]) -> float | None:
     if not last.distance or not start.distance:
         return None
     return float((last.distance / start.distance) ** (1.0 / (last.step - start.step)))
+
+
+def stability_bound(beta: float, nesterov: bool) -> float:
+    """Largest lr * curvature at which momentum does not diverge on a quadratic.
+
+    2(1 + beta), and with Nesterov's gradient 2(1 + beta)/(1 + 2 beta): both are 2, that of plain SGD, at beta = 0. They
+    hold for torch's form and, at a constant learning rate, for the textbook's and the look-ahead one, which follow the
+    same recurrence then.
+
+    Source: the roots of theta's recurrence, as in Cohen et al. 2021, "Gradient descent on neural networks typically
+    occurs at the edge of stability", appendix B.
+    """
+    return 2.0 * (1.0 + beta) / (1.0 + 2.0 * beta) if nesterov else 2.0 * (1.0 + beta)
+
+
+def stability_margin(
+    optimizer: str, learning_rate: float, momentum: float, sharpness: float, dampening: float = 0.0
+) -> float | None:
+    """How close to its bound lr * sharpness is: above 1 a quadratic with that sharpness diverges (Cohen et al. 2021).
+
+    Full-batch training drives it to 1 and keeps it there. With small minibatches the sharpness settles lower, near
+    2(1 - beta)/lr: the number says how far training is from the edge, not how well it goes.
+
+    Args:
+        optimizer: a name of `catalog.OPTIMIZERS`.
+        learning_rate: of the last step, with its schedule's factor.
+        momentum: likewise; of no effect where the optimizer has none.
+        sharpness: the largest curvature of what is minimized.
+        dampening: of the gradient on its way into the velocity, which scales the learning rate by 1 - dampening.
+
+    Returns:
+        lr * sharpness / `stability_bound`; clipping of the gradient, which bounds what diverges, is not counted in.
+        None for Adam, AdamW and RMSprop, whose step sizes differ from parameter to parameter, so that the sharpness
+        alone does not bound them.
+    """
+    found = OPTIMIZERS[optimizer]
+    if found.rule not in ("sgd", "momentum_classic", "nesterov_lookahead"):
+        return None
+    nesterov = found.rule == "nesterov_lookahead" or found.constants.get("nesterov") == 1.0
+    effective = learning_rate * (1.0 - dampening) if momentum > 0.0 else learning_rate
+    return effective * sharpness / stability_bound(momentum, nesterov)
 
 
 def steps_to_target(

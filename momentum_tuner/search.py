@@ -312,6 +312,16 @@ def open_storage(database: Database) -> optuna.storages.RDBStorage:
     return storage
 
 
+def check_optuna(database: Database) -> None:
+    """See that Optuna's tables are of the version of the Optuna of this machine.
+
+    Raises:
+        StorageError: they are not, or the database does not answer.
+    """
+    with database.translated():
+        open_storage(database).engine.dispose()
+
+
 def make_sampler(spec: StudySpec, worker_seed: int, number: int) -> optuna.samplers.BaseSampler:
     """The sampler of a study file for one trial. Designs (grid, qmc) are drawn in advance and need none.
 

@@ -115,8 +115,8 @@ def test_a_mistake_gets_a_clear_line_exit_code_2_and_changes_nothing(run, tmp_pa
 def test_commands_on_a_study_that_is_not_there_list_those_that_are(run, tmp_path):
     (tmp_path / "study.yaml").write_text(STUDY)
     assert run("submit", "study.yaml").returncode == 0
-    for command in (["status", "big"], ["best", "big"], ["resume", "big"], ["delete", "big"], ["publish", "big"]):
-        found = run(*command)
+    for command in ("status", "best", "compare", "resume", "delete", "publish"):
+        found = run(command, "big")
         assert found.returncode == 2
         assert "no study 'big'" in found.stderr
         assert "small" in found.stderr

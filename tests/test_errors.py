@@ -1,6 +1,6 @@
 import pytest
 
-from momentum_tuner.errors import InputError, MomentumTunerError, describe_failure, redact
+from momentum_tuner.errors import InputError, MomentumTunerError, describe_failure, describe_traceback, redact
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,39 @@ def test_a_failure_is_one_line_with_its_place_and_no_secret():
         line = describe_failure(error)
     assert line.startswith("ValueError: no answer from http://***@host (test_errors.py:")
     assert "\n" not in line
+
+
+def test_a_traceback_has_every_frame_and_neither_a_secret_nor_a_line_of_source():
+    def connect(password):
+        raise ValueError(f"no answer from http://anna:{password}@host")
+
+    try:
+        connect("hunter2")
+    except ValueError as error:
+        *frames, said = describe_traceback(error).splitlines()
+    assert [frame.rpartition(" in ")[2] for frame in frames] == [
+        "test_a_traceback_has_every_frame_and_neither_a_secret_nor_a_line_of_source",
+        "connect",
+    ]
+    assert said == "ValueError: no answer from http://***@host"
+    assert "hunter2" not in "".join(frames)
+
+
+def test_a_long_traceback_keeps_its_deepest_frames_whole():
+    def fall(depth):
+        if depth == 0:
+            raise ValueError("the bottom")
+        fall(depth - 1)
+
+    try:
+        fall(200)
+    except ValueError as error:
+        text = describe_traceback(error)
+    *frames, said = text.splitlines()
+    assert said == "ValueError: the bottom"
+    assert 3800 < len(text) <= 4000
+    assert len(frames) > 10
+    assert all(frame.startswith('File "') and frame.endswith(" in fall") for frame in frames)
 
 
 def test_bad_input_exits_with_2_and_failed_work_with_1():

@@ -1,9 +1,14 @@
 import os
+import sys
+import time
 
+import psutil
 import pytest
 
 from momentum_tuner.errors import DeviceError, InputError
-from momentum_tuner.launcher import devices, plan_workers
+from momentum_tuner.launcher import LocalWorkers, devices, plan_workers
+from momentum_tuner.launcher.devices import Placement
+from momentum_tuner.worker_options import WorkerOptions
 
 
 @pytest.fixture
@@ -11,7 +16,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs and cores, as the launcher sees it."""
 
     def machine(gpus: int, cores: int = 8) -> None:
-        monkeypatch.setattr(devices, "_may_have_gpu", lambda: gpus > 0)
+        monkeypatch.setattr(devices, "may_have_gpu", lambda: gpus > 0)
         monkeypatch.setattr(devices, "visible_gpus", lambda: gpus)
         monkeypatch.setattr(devices, "available_cores", lambda: cores)
 
@@ -78,3 +83,28 @@ def test_a_number_of_workers_that_is_none_is_refused(machine, workers):
 
 def test_cores_are_those_this_process_may_use():
     assert devices.available_cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("ending", ["exit 0", "sleep 60"])
+def test_what_a_worker_started_ends_with_it(sqlite_database, tmp_path, monkeypatch, ending):
+    # As the processes of a DataLoader, whose parent is killed, hold what the worker wrote its messages to.
+    program = tmp_path / "worker"
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/new\nmv {tmp_path}/new {tmp_path}/pid\n{ending}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    said = []
+    workers = LocalWorkers(sqlite_database, WorkerOptions(), [Placement("cpu", 1, 1)], said.append)
+    workers.prepare(publish=False)
+    while not (tmp_path / "pid").exists():
+        workers.watch()
+    workers.kill()
+    assert not workers.watch()
+    pid = int((tmp_path / "pid").read_text())
+
+    def ended() -> bool:
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    deadline = time.monotonic() + 10  # it was sent its signal; the kernel takes its time where the cores are busy
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended()

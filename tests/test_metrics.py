@@ -16,6 +16,8 @@ from momentum_tuner.metrics import (
     finite,
     mean_or_none,
     objective_value,
+    stability_bound,
+    stability_margin,
     steps_to_target,
     summarize_steps,
     trial_measures,
@@ -345,3 +347,59 @@ def test_optuna_is_told_the_objective_of_a_whole_trial(metric, value):
 def test_a_diverged_trial_is_worth_what_the_untrained_model_was(metric, value):
     records = [*full_trial()[:3], EpochRecord(3, 24, diverged_at_step=24)]
     assert objective_value(trial_measures(records, 5), metric, 50) == value
+
+
+# --- stability
+
+
+def radius(rate, beta, nesterov):
+    """Spectral radius of a step on `theta^2 / 2` as a map of (theta, velocity)."""
+    look = beta if nesterov else 0.0
+    # velocity' = beta velocity + theta;  theta' = theta - rate (velocity', or theta + beta velocity')
+    own = 1.0 - rate * (1.0 + look if nesterov else 1.0)
+    other = -rate * (look * beta if nesterov else beta)
+    return max(abs(np.linalg.eigvals([[own, other], [1.0, beta]])))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 0.9, 0.99])
+def test_the_stability_bound_is_where_the_spectral_radius_is_1(beta, nesterov):
+    bound = stability_bound(beta, nesterov)
+    assert radius(0.9999 * bound, beta, nesterov) < 1.0 < radius(1.0001 * bound, beta, nesterov)
+
+
+def test_the_stability_bounds_are_those_of_metrics_md():
+    found = [stability_bound(beta, nesterov) for beta in (0.0, 0.5, 0.9) for nesterov in (False, True)]
+    assert [round(bound, 4) for bound in found] == [2.0, 2.0, 3.0, 1.5, 3.8, 1.3571]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "dampening", "expected"),
+    [
+        ("sgd", 0.0, 0.0, 0.5),
+        ("momentum", 0.5, 0.0, 1 / 3),
+        ("momentum", 0.5, 0.25, 0.25),
+        ("momentum", 0.0, 0.25, 0.5),  # torch does not dampen plain SGD
+        ("momentum_0.9", 0.9, 0.0, 1 / 3.8),
+        ("momentum_classic", 0.9, 0.0, 1 / 3.8),
+        ("nesterov", 0.9, 0.0, 2.8 / 3.8),
+        ("nesterov_lookahead", 0.9, 0.0, 2.8 / 3.8),
+        ("adam", 0.0, 0.0, None),
+        ("adamw", 0.0, 0.0, None),
+        ("rmsprop", 0.0, 0.0, None),
+    ],
+)
+def test_the_stability_margin_is_of_the_optimizers_own_bound(optimizer, momentum, dampening, expected):
+    found = stability_margin(optimizer, 0.1, momentum, 10.0, dampening)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_momentum_with_dampening_is_stable_up_to_a_margin_of_1():
+    beta, dampening = 0.8, 0.3
+    for margin, stable in ((0.999, True), (1.001, False)):
+        rate = margin / stability_margin("momentum", 1.0, beta, 1.0, dampening)
+        theta, velocity = 1.0, 1.0
+        for _ in range(20_000):
+            velocity = beta * velocity + (1 - dampening) * theta
+            theta -= rate * velocity
+        assert (abs(theta) < 1.0) is stable

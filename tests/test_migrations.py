@@ -9,12 +9,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from momentum_tuner.database import Base, Database, Study, migrate
+from momentum_tuner.database import Base, Database, Study, Ticket, migrate
 from momentum_tuner.database.migrate import CURRENT, VERSION_TABLE
 from momentum_tuner.errors import StorageError
 from momentum_tuner.search import open_storage
 
-OURS = {"tuner_studies", "tickets", "epochs", "workers", "calibrations"}
+OURS = {"tuner_studies", "tickets", "epochs", "workers", "loads", "calibrations"}
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_comparison_with_the_models_sees_a_difference(empty):
 def test_the_current_version_is_the_newest_migration():
     script = ScriptDirectory.from_config(alembic(None))  # type: ignore[arg-type]
     assert script.get_heads() == [CURRENT]
-    assert [revision.revision for revision in script.walk_revisions()] == ["0002", "0001"]
+    assert [revision.revision for revision in script.walk_revisions()] == ["0003", "0002", "0001"]
 
 
 def test_a_database_of_the_first_version_keeps_its_rows(empty):
@@ -106,6 +106,8 @@ def test_a_database_of_the_first_version_keeps_its_rows(empty):
     assert differences_from_the_models(empty) == []
     with empty.read() as session:
         assert session.execute(sa.text("SELECT id, value, second_value FROM tickets")).all() == [(7, 0.25, None)]
+        study, ticket = session.get_one(Study, 1), session.get_one(Ticket, 7)
+        assert (study.name, study.parent_trials, study.data, ticket.traceback) == ("old", 0, None, None)
 
 
 def test_migrating_twice_is_harmless(empty):

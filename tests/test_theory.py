@@ -1,4 +1,4 @@
-"""METRICS.md's known truths: rates and stability edges on quadratics, as the trainer measures them."""
+"""METRICS.md's known truths: rates and edges on quadratics, training at the edge, as the trainer measures them."""
 
 import itertools
 import math
@@ -7,9 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import one_hot
+from torch.utils.data import TensorDataset
 
-from momentum_tuner.metrics import trial_measures
-from momentum_tuner.tasks import quadratic
+from momentum_tuner.metrics import stability_bound, trial_measures
+from momentum_tuner.tasks import Task, digits_mlp, quadratic
 from momentum_tuner.trainer import Trainer, TrialSettings
 
 torch.set_num_threads(1)
@@ -166,3 +169,116 @@ def test_just_above_the_edge_a_trial_grows_until_it_is_diverged(at_the_edges, op
     assert all(r.diverged_at_step is None for r in records[:-1])
     grown = [r.distance for r in records[1:-1]]
     assert all(later > before for before, later in itertools.pairwise(grown))
+
+
+# --- the edge that the sharpness predicts, and the one that training finds
+
+PREDICTED = [("sgd", 0.0), ("momentum", 0.5), ("momentum", 0.9), ("nesterov", 0.5), ("nesterov", 0.9)]
+LANES, ROUNDS, BISECTING = 12, 4, 12
+"""Learning rates of each optimizer in a round of the search, its rounds, and the epochs of a trial in it."""
+
+
+@pytest.fixture(scope="module")
+def measured_edges():
+    """A quadratic; by optimizer and momentum, a learning rate at which training on it shrinks, and the next that grows.
+
+    Every round trains a grid of rates, all fused, and goes on between the last that shrinks and the first that grows.
+    """
+    task = quadratic(dim=6, kappa=30, smallest=0.2, start="random", steps_per_epoch=50)
+    edges = {key: (1e-3, 10.0) for key in PREDICTED}
+    for _ in range(ROUNDS):
+        settings = {
+            (*key, rate): (key[0], rate, key[1])
+            for key, (low, high) in edges.items()
+            for rate in np.geomspace(low, high, LANES)
+        }
+        records = run(task, settings, BISECTING, initial_loss=1e6)
+        for key, (low, high) in edges.items():
+            rates = np.geomspace(low, high, LANES)
+            grows = [unstable(records[*key, rate]) for rate in rates]
+            first = grows.index(True)
+            assert first > 0 and all(grows[first:]), "what grows at a rate grows at any larger one"
+            edges[key] = rates[first - 1], rates[first]
+    return task, edges
+
+
+def unstable(records):
+    """Whether a trial diverged, or moved away from the optimum in the second half of its steps."""
+    return records[-1].diverged_at_step is not None or trial_measures(records, BISECTING).contraction > 1
+
+
+def test_the_edge_predicted_from_the_sharpness_is_the_one_that_training_finds(measured_edges):
+    task, edges = measured_edges
+    trainer = Trainer(task, epochs=1, slots=1)
+    trainer.admit(0, TrialSettings("sgd", {"learning_rate": 1e-3}, 1, 0))
+    sharpness = trainer.sharpness([0])[0]
+    for (optimizer, beta), (low, high) in edges.items():
+        predicted = stability_bound(beta, optimizer == "nesterov") / sharpness
+        print(f"{optimizer} {beta}: predicted {predicted:.5f}, measured between {low:.5f} and {high:.5f}")
+        assert high / low < 1.002
+        assert predicted == pytest.approx(math.sqrt(low * high), rel=0.01)
+
+
+# --- the edge of stability (Cohen et al. 2021)
+
+EXAMPLES, TARGET = 300, 15.0
+"""Examples of the full batch, and the sharpness at which each optimizer is at its edge."""
+AT_ONCE, TO_THE_EDGE, AT_THE_EDGE = 50, 22, 10
+"""Steps of an epoch, epochs until all are at their edge, and epochs in which they are watched there."""
+
+
+def memorizing_digits():
+    """A tanh network that learns labels drawn at random by heart: that takes sharper and sharper minima."""
+    images = digits_mlp().train.tensors[0][:EXAMPLES].flatten(1)
+    images = images - images.mean(0)
+    labels = torch.randint(10, (EXAMPLES,), generator=torch.Generator().manual_seed(0))
+    x, y = images / images.std(), one_hot(labels, 10).float()
+
+    def loss(model, batch):
+        return 0.5 * (model(batch[0]) - batch[1]).square().sum(1).mean()
+
+    layers = (lambda: nn.Linear(64, 32), nn.Tanh, lambda: nn.Linear(32, 32), nn.Tanh, lambda: nn.Linear(32, 10))
+    return Task(
+        model=lambda: nn.Sequential(*(layer() for layer in layers)),
+        loss=loss,
+        train=[(x, y)] * AT_ONCE,
+        valid=TensorDataset(x[:8], y[:8]),
+    )
+
+
+@pytest.fixture(scope="module")
+def watched_at_the_edge():
+    """By optimizer and seed, the margins at the start and at each epoch at the edge, and the losses in between."""
+    optimizers = {"sgd": 0.0, "momentum": 0.9, "nesterov": 0.9}
+    trainer = Trainer(memorizing_digits(), epochs=TO_THE_EDGE + AT_THE_EDGE, slots=3 * len(optimizers), mode="fused")
+    for optimizer, beta in optimizers.items():
+        rate = stability_bound(beta, optimizer == "nesterov") / TARGET
+        for seed in range(3):
+            hyper = {"learning_rate": rate, "momentum": beta}
+            trainer.admit((optimizer, seed), TrialSettings(optimizer, hyper, EXAMPLES, seed))
+
+    def margins():
+        return {key: trainer.stability_margin(key, value) for key, value in trainer.sharpness(trainer.keys).items()}
+
+    start, late, losses = margins(), {key: [] for key in trainer.keys}, {key: [] for key in trainer.keys}
+    for epoch in range(TO_THE_EDGE + AT_THE_EDGE):
+        for key, record in trainer.train_epoch():
+            losses[key].append(record.train_loss)
+        if epoch >= TO_THE_EDGE:
+            for key, margin in margins().items():
+                late[key].append(margin)
+    return start, late, losses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov"])
+def test_full_batch_training_settles_at_the_edge_of_stability(watched_at_the_edge, optimizer):
+    start, late, losses = watched_at_the_edge
+    for seed in range(3):
+        key = optimizer, seed
+        mean, loss = np.mean(late[key]), losses[key]
+        print(
+            f"{key}: {start[key]:.3f} -> {mean:.3f} ({min(late[key]):.3f} to {max(late[key]):.3f}), loss {loss[-1]:.4f}"
+        )
+        assert start[key] < 0.4, "it begins far from the edge"
+        assert mean == pytest.approx(1.0, abs=0.1)
+        assert loss[-1] < 0.9 * loss[TO_THE_EDGE], "and learns on there"

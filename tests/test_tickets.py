@@ -9,16 +9,18 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import sqlalchemy as sa
 
-from momentum_tuner.database import Database, Epoch, Study, Ticket, Worker, database_now
+from momentum_tuner.database import Database, Epoch, Load, Study, Ticket, Worker, database_now
 from momentum_tuner.errors import StorageError, StudyChangedError, StudyNotFoundError
 from momentum_tuner.metrics import EpochRecord
 from momentum_tuner.tickets import (
     Claim,
     Heartbeat,
+    LoadSample,
     Outage,
     Result,
     WorkerIdentity,
@@ -34,6 +36,7 @@ from momentum_tuner.tickets import (
     give_back,
     list_studies,
     note_checkpoints,
+    note_data,
     noted_checkpoints,
     noted_trials,
     read_epochs,
@@ -46,6 +49,7 @@ from momentum_tuner.tickets import (
     submit_study,
     with_trial,
 )
+from momentum_tuner.tickets import workers as workers_module
 
 GRACE = 30.0
 
@@ -697,8 +701,9 @@ def test_a_reason_may_hold_any_character(database, make_spec):
     study = submit(database, make_spec())
     join(database, "w")
     (held,) = ask(database, take(database, study, "w", 1))
-    finish(database, (held, Result("failed", reason="ValueError: \0 <script> 'ü' \U0001f600 %s")))
+    finish(database, (held, Result("failed", reason="ValueError: \0 <script> 'ü' \U0001f600 %s", traceback="a\0b\nc")))
     assert row(database, held.ticket_id).reason == "ValueError:  <script> 'ü' \U0001f600 %s"
+    assert row(database, held.ticket_id).traceback == "ab\nc"
 
 
 def test_a_study_is_done_only_when_every_ticket_is(database, make_spec):
@@ -922,6 +927,38 @@ def test_a_heartbeat_beats_until_it_is_left(database):
     assert heartbeat_of(database, "other") < time.time() - 900
     assert outage.over_for(1e9), "no beat failed"
     assert not [t for t in threading.enumerate() if t.name == "heartbeat"]
+
+
+def test_a_heartbeat_notes_the_load_of_a_worker_that_serves_a_study_now_and_then(database, make_spec, monkeypatch):
+    study = submit(database, make_spec())
+    join(database, "w", "idle")
+    assign_worker(database, "w", study.id, 4)
+    monkeypatch.setattr(workers_module, "LOAD_SECONDS", 0.1)
+    asked = []
+
+    def measure() -> LoadSample:
+        asked.append(1)
+        return LoadSample(cpu_percent=100.0 * len(asked), memory_mb=512.0)
+
+    with Heartbeat(database, "w", every=0.02, measure=measure), Heartbeat(database, "idle", 0.02, measure=measure):
+        wait_for(lambda: len(loads(database)) == 3)
+    found = loads(database)
+    assert {(load.worker_id, load.study_id, load.memory_mb) for load in found} == {("w", study.id, 512.0)}
+    assert all(after.sampled_at - before.sampled_at >= 0.09 for before, after in pairwise(found))
+    assert len({load.cpu_percent for load in found}) == len(found)
+
+
+def loads(database: Database) -> list[Load]:
+    with database.read() as session:
+        return list(session.scalars(sa.select(Load).order_by(Load.sampled_at)))
+
+
+def test_what_a_study_learns_from_is_noted_once(database, make_spec):
+    study = submit(database, make_spec())
+    assert note_data(database, study.id, {"name": "digits", "digest": "abc"}) == {"name": "digits", "digest": "abc"}
+    assert note_data(database, study.id, {"name": "digits", "digest": "def"})["digest"] == "abc"
+    with database.read() as session:
+        assert session.get_one(Study, study.id).data == {"name": "digits", "digest": "abc"}
 
 
 def test_a_heartbeat_goes_on_after_errors_and_says_so_once(database, monkeypatch, caplog):

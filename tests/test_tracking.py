@@ -143,6 +143,7 @@ def finish(database: Database, *results: tuple[Claim, Result, list[EpochRecord]]
 
 def complete(value: float, count: int = 4) -> Result:
     measures = {"best_valid_loss": value, "mean_valid_loss": value + 0.1, "steps": STEPS * count, "epochs": count}
+    measures |= {"sharpness": 12.5, "stability_margin": 0.75}
     return Result("complete", value, measures)
 
 
@@ -319,6 +320,8 @@ def test_each_curve_has_every_epoch_once_at_its_real_step_and_time(database, mak
         "best_valid_loss": [(*end, 0.25)],
         "mean_valid_loss": [(*end, 0.35)],
         "objective": [(*end, 0.25)],
+        "sharpness": [(*end, 12.5)],
+        "stability_margin": [(*end, 0.75)],
     }
     assert [r.step for r in rows] == [0, 23, 46, 69, 92]
     assert run.data.metrics["valid_loss"] == rows[-1].valid_loss, "the last one is shown as the latest"
@@ -1156,7 +1159,7 @@ def test_seconds_per_published_trial(database, make_spec, uri, capsys):
     spent["all"] += time.perf_counter()
     publisher.close()
     _, children = runs_of(uri)
-    assert sum(len(points) for c in children for points in points_of(uri, c.info.run_id).values()) == trials * 225
+    assert sum(len(points) for c in children for points in points_of(uri, c.info.run_id).values()) == trials * 227
     with capsys.disabled():
         each, own = (1000.0 * s / trials for s in (spent["all"], spent["all"] - spent["mlflow"]))
         print(f"\npublishing a trial of {count} epochs: {each:.1f} ms, of which {own:.1f} ms are not MLflow's")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import sqlalchemy as sa
+import torch
 
-from momentum_tuner.database import Epoch, Ticket, Worker, database_now
+from momentum_tuner.database import Epoch, Study, Ticket, Worker, database_now
 from momentum_tuner.errors import TaskError
-from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, register_worker, stop_worker
+from momentum_tuner.tasks import describe_data, load_task
+from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, note_data, register_worker, stop_worker
+from momentum_tuner.trainer import Trainer
+from momentum_tuner.worker import StopSignal
 
 from .workbench import (
     GRACE,
     OFTEN,
     RATES,
+    TESTS,
     Bench,
     Running,
     StopAfter,
@@ -206,6 +213,107 @@ def test_a_trial_that_has_no_memory_even_alone_fails_and_the_others_complete(ben
     assert reasons[:2] + reasons[3:] == [None] * 4
 
 
+# Stability
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """How many trials were measured at once, each time."""
+    found: list[int] = []
+    measure = Trainer.sharpness
+
+    def spy(self, keys, pause=None):
+        if keys:
+            found.append(len(keys))
+        return measure(self, keys, pause)
+
+    monkeypatch.setattr(Trainer, "sharpness", spy)
+    return found
+
+
+def stability(bench: Bench, *columns):
+    """Sharpness and margin of each trial after other columns."""
+    names = ("sharpness", "stability_margin")
+    rows = bench.rows(*columns, Ticket.measures)
+    return [(*row[:-1], *((row[-1] or {}).get(name) for name in names)) for row in rows]
+
+
+def test_trials_that_complete_have_their_stability_measured_together_and_no_others(bench, measured):
+    rates = (0.019, 1e-3, 0.5, 0.012, 1e-4, 0.018, 0.4, 2e-4)
+    study = bench.submit(
+        rates,
+        epochs=9,
+        task={"factory": "momentum_tuner.tasks:quadratic", "params": {"kappa": 100.0, "steps_per_epoch": 4}},
+        pruner={"name": "successive_halving", "reduction_factor": 3},
+        objective={"metric": "final_valid_loss"},
+    )
+    bench.start(slots=8).join()
+    found = stability(bench, Ticket.outcome)
+    outcomes = [outcome for outcome, *_ in found]
+    assert {"complete", "pruned", "diverged"} == set(outcomes)
+    for rate, (outcome, sharpness, margin) in zip(rates, found, strict=True):
+        if outcome == "complete":
+            assert sharpness == pytest.approx(100.0, rel=0.005)
+            assert margin == pytest.approx(rate * sharpness / 2)
+        else:
+            assert sharpness is margin is None
+    assert measured == [outcomes.count("complete")] and measured[0] > 1
+    assert bench.is_done(study)
+
+
+def test_a_baseline_has_a_sharpness_and_no_margin(bench):
+    bench.submit(
+        (1e-3,),
+        epochs=1,
+        task={"factory": "momentum_tuner.tasks:quadratic", "params": {"kappa": 10.0}},
+        optimizers=["adam"],
+    )
+    bench.start().join()
+    ((sharpness, margin),) = stability(bench)
+    assert sharpness == pytest.approx(10.0, rel=0.005)
+    assert margin is None
+
+
+def stop_within(measuring: pytest.MonkeyPatch, stop: StopSignal) -> None:
+    """Let the wish to drain come with the first measurement."""
+    measure = Trainer.sharpness
+
+    def stopped(self, keys, pause=None):
+        stop.asked = stop.asked or bool(keys)
+        return measure(self, keys, pause)
+
+    measuring.setattr(Trainer, "sharpness", stopped)
+
+
+def test_a_wish_to_drain_within_a_measurement_leaves_it_to_who_goes_on(bench, make_bench, monkeypatch):
+    study = bench.submit(steps=3)
+    stop = StopSignal()
+    with monkeypatch.context() as measuring:
+        stop_within(measuring, stop)
+        bench.start("a", stop).join()
+    assert bench.states(study) == {("open", None)}
+    assert [(saved["epoch"], saved["epoch_steps"]) for saved in bench.saved()] == [(4, 0)] * 4
+    bench.start("b").join()
+    assert bench.steps("b") == []
+    bench.check_exact(study)
+    undisturbed = make_bench("undisturbed")
+    undisturbed.submit(steps=3)
+    undisturbed.start().join()
+    found = stability(bench)
+    assert found == stability(undisturbed)
+    assert all(sharpness > 0 < margin for sharpness, margin in found)
+    assert [margin for _, margin in found] == pytest.approx([r * s / 2 for r, (s, _) in zip(RATES, found, strict=True)])
+
+
+def test_without_checkpoints_such_trials_end_unmeasured_as_all_their_training_would_be_lost(bench, monkeypatch):
+    study = bench.submit(steps=3)
+    stop = StopSignal()
+    stop_within(monkeypatch, stop)
+    bench.start("a", stop, checkpoints=None).join()
+    assert bench.states(study) == {("done", "complete")}
+    assert stability(bench) == [(None, None)] * 4
+
+
 # Failures of the user's code
 
 
@@ -218,6 +326,37 @@ def test_trials_whose_training_fails_fail_with_the_reason_and_the_worker_goes_on
     assert all("RuntimeError: this setting fails (watched_task.py:" in reason for reason in reasons[:2])
     assert reasons[2:] == [None] * 4
     assert "this setting fails" in caplog.text
+    tracebacks = [traceback for (traceback,) in bench.rows(Ticket.traceback)]
+    assert tracebacks[2:] == [None] * 4
+    for traceback in tracebacks[:2]:
+        *frames, said = traceback.splitlines()
+        assert said == "RuntimeError: this setting fails"
+        assert all(frame.startswith('File "') for frame in frames)
+        assert "watched_task.py" in frames[-1]
+
+
+def test_a_worker_notes_its_machine_and_what_the_trials_learn_from(bench, caplog):
+    study = bench.submit(RATES)
+    bench.start("a").join()
+    with bench.database.read() as session:
+        (worker,) = session.scalars(sa.select(Worker))
+        data = session.get_one(Study, study.id).data
+    assert worker.environment["torch"] == torch.__version__
+    assert worker.environment["python"] == platform.python_version()
+    assert worker.environment["cores"] == os.cpu_count()
+    assert "gpu" not in worker.environment
+    factory, params = study.spec.task.factory, study.spec.task.params
+    task = load_task(factory, params, base=TESTS, trusted=bench.options().trust)
+    assert data == describe_data(task, factory, params)
+    assert "the data here" not in caplog.text
+
+
+def test_a_worker_whose_data_are_others_warns(bench, caplog):
+    study = bench.submit(RATES)
+    note_data(bench.database, study.id, {"name": "other", "digest": "0123456789abcdef"})
+    bench.start("a").join()
+    assert "the data here is not what other workers train on" in caplog.text
+    bench.check_exact(study)
 
 
 # Which study

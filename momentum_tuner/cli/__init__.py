@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from momentum_tuner.errors import MomentumTunerError
 
 COMMANDS = {
+    "init": "momentum_tuner.cli.start:init",
     "run": "momentum_tuner.cli.run:run",
     "resume": "momentum_tuner.cli.run:resume",
     "submit": "momentum_tuner.cli.run:submit",
@@ -18,15 +20,33 @@ COMMANDS = {
     "status": "momentum_tuner.cli.look:status",
     "list": "momentum_tuner.cli.look:list_command",
     "best": "momentum_tuner.cli.look:best",
+    "compare": "momentum_tuner.cli.compare:compare",
+    "report": "momentum_tuner.cli.report:report",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
     "delete": "momentum_tuner.cli.look:delete",
+    "doctor": "momentum_tuner.cli.doctor:doctor",
 }
 """Where each command is defined, in the order in which help lists them; a module is imported when it is asked for."""
 
 
+class Refusal(click.ClickException):
+    """An error of momentum-tuner as click shows it: its message, and its exit code."""
+
+    def __init__(self, error: MomentumTunerError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 class LazyGroup(click.Group):
     """Imports a command's module only when that command is used, and ends errors in one line with their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; errors of momentum-tuner become errors of click."""
+        try:
+            return super().invoke(ctx)
+        except MomentumTunerError as error:
+            raise Refusal(error) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order of use."""
@@ -60,9 +80,16 @@ def cli() -> None:
     r"""Which of SGD, momentum and Nesterov trains your PyTorch model fastest and most stably, and at which settings.
 
     \b
-    momentum-tuner run studies/digits-mlp.yaml     tune on real images, about a minute
-    momentum-tuner best digits-mlp --format torch  the line to paste into your script
-    momentum-tuner ui                              every run in MLflow
+    momentum-tuner init demo && cd demo      a study file and a task file to start from
+    momentum-tuner run study.yaml            tune them, well under a minute
+    momentum-tuner best demo --format torch  the line to paste into your script
+    momentum-tuner compare demo              which is faster, and how sure that is
+    momentum-tuner ui                        every run in MLflow
+
+    \b
+    In bash, TAB completes commands, options and names of studies after
+    eval "$(_MOMENTUM_TUNER_COMPLETE=bash_source momentum-tuner)"
+    (zsh: zsh_source; fish: _MOMENTUM_TUNER_COMPLETE=fish_source momentum-tuner | source).
     """
 
 
@@ -76,9 +103,6 @@ def main() -> None:
         code = 130
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except MomentumTunerError as error:
-        click.echo(f"Error: {error}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

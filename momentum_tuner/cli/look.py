@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from momentum_tuner.cli.completion import complete_study
 from momentum_tuner.cli.options import (
     checkpoints_option,
     json_option,
+    name_argument,
     open_database,
     parse_checkpoints,
     storage_option,
@@ -18,20 +20,21 @@ from momentum_tuner.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from momentum_tuner.tickets import BestSetting
+    from momentum_tuner.database import Database
+    from momentum_tuner.tickets import BestSetting, StudyRecord
+
+WATCH_SECONDS = 1.0
 
 
 @click.command(epilog="Example: momentum-tuner status digits-mlp --watch")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_study)
 @storage_option
 @json_option
-@click.option("--watch", is_flag=True, help="Show again every second until the study is done.")
+@click.option("--watch", is_flag=True, help="Go on showing it until the study is done.")
 def status(name: str | None, storage: str, as_json: bool, watch: bool) -> None:
     """How far a study is, who works on it, the best so far. Without NAME: the newest study."""
-    import time
-
     from momentum_tuner.errors import StudyNotFoundError
-    from momentum_tuner.tickets import find_study, list_studies, study_progress
+    from momentum_tuner.tickets import find_study, list_studies, recent_rate, study_progress
 
     database = open_database(storage)
     if name is None:
@@ -42,22 +45,38 @@ def status(name: str | None, storage: str, as_json: bool, watch: bool) -> None:
             )
         name = studies[-1].name
     study = find_study(database, name)
-    while True:
-        progress = study_progress(database, study)
-        if as_json:
-            click.echo(json.dumps(progress.flat()))
-        else:
-            from momentum_tuner.cli.tables import console, progress_table, workers_table
+    if watch:
+        _watch(database, study, as_json)
+    elif as_json:
+        click.echo(json.dumps(study_progress(database, study).flat()))
+    else:
+        from momentum_tuner.cli.progress import progress_view
+        from momentum_tuner.cli.tables import console
 
-            out = console()
-            if watch and out.is_terminal:
-                out.clear()
-            out.print(progress_table(progress))
-            if progress.workers:
-                out.print(workers_table(progress))
-        if not watch or progress.phase == "done":
-            return
-        time.sleep(1.0)
+        progress, rate = study_progress(database, study), recent_rate(database, study.id)
+        console().print(progress_view(study, progress, rate, with_workers=True))
+
+
+def _watch(database: Database, study: StudyRecord, as_json: bool) -> None:
+    """Show a study until it is done."""
+    import time
+
+    from momentum_tuner.cli.progress import ProgressPage, progress_view
+    from momentum_tuner.cli.tables import console
+    from momentum_tuner.tickets import study_progress
+
+    if as_json:
+        while True:
+            found = study_progress(database, study)
+            click.echo(json.dumps(found.flat()))
+            if found.phase == "done":
+                return
+            time.sleep(WATCH_SECONDS)
+    with ProgressPage(database, study.name, with_workers=True) as page:
+        while page.progress is None or page.progress.phase != "done":
+            page.update(study)
+            time.sleep(WATCH_SECONDS / 4)
+    console().print(progress_view(study, page.progress, 0.0, with_workers=True))
 
 
 @click.command("list", epilog="Example: momentum-tuner list")
@@ -89,7 +108,7 @@ def list_command(storage: str, as_json: bool) -> None:
 
 
 @click.command(epilog="Example: momentum-tuner best digits-mlp --format torch")
-@click.argument("name")
+@name_argument
 @click.option(
     "--format",
     "form",
@@ -121,7 +140,8 @@ def best(name: str, form: str, storage: str) -> None:
     else:
         from momentum_tuner.cli.tables import best_table, console
 
-        console().print(best_table(study_progress(database, study), found))
+        out = console()
+        out.print(best_table(study_progress(database, study), found, out.width))
 
 
 def torch_lines(found: Sequence[BestSetting]) -> list[str]:
@@ -136,7 +156,7 @@ def torch_lines(found: Sequence[BestSetting]) -> list[str]:
 
 
 @click.command(epilog="Example: momentum-tuner delete digits-mlp")
-@click.argument("name")
+@name_argument
 @storage_option
 @checkpoints_option
 @click.option("--yes", is_flag=True, help="Do not ask.")

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from momentum_tuner.cli.completion import complete_study
+from momentum_tuner.errors import InputError, redact
 
 if TYPE_CHECKING:
     from momentum_tuner.database import Database
 
 Command = Callable[..., Any]
 
+STORAGE_VARIABLE, DEFAULT_STORAGE = "MOMENTUM_TUNER_STORAGE", "sqlite:///momentum_tuner.db"
+TRACKING_VARIABLE, DEFAULT_TRACKING = "MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"
+CHECKPOINTS_VARIABLE = "MOMENTUM_TUNER_CHECKPOINTS"
+
+name_argument = click.argument("name", shell_complete=complete_study)
+names_argument = click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_study)
 storage_option = click.option(
     "--storage",
     metavar="URL",
-    envvar="MOMENTUM_TUNER_STORAGE",
-    default="sqlite:///momentum_tuner.db",
+    envvar=STORAGE_VARIABLE,
+    default=DEFAULT_STORAGE,
     show_default=True,
     show_envvar=True,
     help="Database of studies and trials: SQLite, or postgresql://user:password@host/name.",
@@ -24,8 +36,8 @@ storage_option = click.option(
 tracking_option = click.option(
     "--tracking-uri",
     metavar="URI",
-    envvar="MLFLOW_TRACKING_URI",
-    default="sqlite:///mlflow.db",
+    envvar=TRACKING_VARIABLE,
+    default=DEFAULT_TRACKING,
     show_default=True,
     show_envvar=True,
     help="Where MLflow keeps its runs: sqlite:///file.db or http://host:5000; `none` shows nothing there.",
@@ -33,12 +45,17 @@ tracking_option = click.option(
 checkpoints_option = click.option(
     "--checkpoints",
     metavar="URL",
-    envvar="MOMENTUM_TUNER_CHECKPOINTS",
+    envvar=CHECKPOINTS_VARIABLE,
     show_envvar=True,
     help="Where states of running trials are kept: a folder or URL (s3://bucket/path) that all workers reach; "
     "`none` keeps none. By default a folder beside the database.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _absolute(_: click.Context, __: click.Parameter, entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Entries of `--trust` that mean the same in every working directory."""
+    return tuple(str(Path(entry).absolute()) if entry.endswith(".py") else entry for entry in entries)
 
 
 def worker_options(command: Command) -> Command:
@@ -48,6 +65,7 @@ def worker_options(command: Command) -> Command:
             "--trust",
             metavar="PACKAGE",
             multiple=True,
+            callback=_absolute,
             help="A package, or the path of a task file, that workers may import. Repeatable.",
         ),
         click.option(
@@ -130,12 +148,21 @@ def open_database(storage: str) -> Database:
 
 
 def parse_slots(slots: str) -> int | None:
-    """`--slots`: a number above 0, None for auto."""
+    """`--slots`: a number above 0, None for auto.
+
+    Raises:
+        InputError: it is neither.
+    """
     if slots == "auto":
         return None
     if slots.isdecimal() and int(slots) > 0:
         return int(slots)
-    raise click.UsageError(f"--slots {slots!r}: write a number above 0, or auto")
+    raise InputError(f"--slots {slots!r}: write a number above 0, or auto")
+
+
+def parse_trust(trust: Sequence[str]) -> tuple[str, ...]:
+    """`--trust`: packages, and task files by their absolute paths."""
+    return tuple(str(Path(entry).absolute()) if entry.endswith(".py") else entry for entry in trust)
 
 
 def parse_tracking_uri(uri: str) -> str | None:
@@ -159,3 +186,20 @@ def parse_checkpoints(url: str | None, database: Database) -> str | None:
         return None
     CheckpointStore(url).prepare()
     return url
+
+
+def storage_again() -> str:
+    """` --storage URL` for a command to type next, where this one was given it; nothing where it was not."""
+    return _again("storage", "--storage")
+
+
+def tracking_again() -> str:
+    """` --tracking-uri URI` for a command to type next, as `storage_again`."""
+    return _again("tracking_uri", "--tracking-uri")
+
+
+def _again(name: str, option: str) -> str:
+    context = click.get_current_context()
+    if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        return ""
+    return f" {option} {shlex.quote(redact(context.params[name]))}"

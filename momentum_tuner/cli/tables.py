@@ -13,6 +13,9 @@ from rich.table import Table
 from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord
 from momentum_tuner.tracking.runs import short_momentum
 
+WIDE = 100
+"""Columns of a terminal that has room for everything."""
+
 
 def console(stderr: bool = False) -> Console:
     """A console that keeps its lines whole where its output goes to a file or a pipe."""
@@ -31,23 +34,28 @@ def setting_text(settings: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
+def best_table(progress: StudyProgress, best: Sequence[BestSetting], width: int) -> Table:
     """The best setting of each optimizer, best first, with how its trials ended; it fits 80 columns.
 
     With two aims it has a line for each setting on the front of an optimizer.
+
+    Args:
+        progress: the study's.
+        best: its best settings.
+        width: of the terminal; in a narrow one, how trials ended is left to `status`.
     """
     counts = {o.optimizer: o for o in progress.optimizers}
     metrics = sorted({m for b in best for m in b.measures if m.startswith("valid_")})
-    outcomes = _outcomes(progress)
+    outcomes = _outcomes(progress) if width >= WIDE else []
     two_aims = any(b.second_objective is not None for b in best)
     title = "settings that none is better than in both aims" if two_aims else "best setting of each optimizer"
-    table = _table(f"{progress.study}: {title}")
+    table = plain_table(f"{progress.study}: {title}")
     table.add_column("optimizer", no_wrap=True)
     aims = ("first aim", "second aim") if two_aims else ()
     for name in ("learning rate", "momentum", *aims, "valid loss", *(m.replace("_", " ") for m in metrics), "trial"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for name in outcomes:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     shown: set[str] = set()
     for b in best:
         momentum = b.settings.get("momentum")
@@ -55,9 +63,9 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
             b.optimizer,
             f"{b.settings['learning_rate']:.4g}",
             "-" if momentum is None else short_momentum(momentum),
-            *([_number(b.objective), _number(b.second_objective)] if two_aims else []),
-            _number(b.measures.get("best_valid_loss")),
-            *(_number(b.measures.get(m)) for m in metrics),
+            *([number(b.objective), number(b.second_objective)] if two_aims else []),
+            number(b.measures.get("best_valid_loss")),
+            *(number(b.measures.get(m)) for m in metrics),
             str(b.trial),
         ]
         again = b.optimizer in shown
@@ -70,12 +78,17 @@ def best_table(progress: StudyProgress, best: Sequence[BestSetting]) -> Table:
     return table
 
 
-def progress_table(progress: StudyProgress) -> Table:
-    """How far each optimizer is; it fits 80 columns."""
-    names = ["running", *_outcomes(progress)]
-    table = _table(f"{progress.study}: {progress.phase}")
+def progress_table(progress: StudyProgress, reference: str | None) -> Table:
+    """How far each optimizer is, and what else the study trains; it fits 80 columns.
+
+    Args:
+        progress: the study's.
+        reference: the optimizer that the others are compared with.
+    """
+    names = ["running", "pruned", "diverged", *(["failed"] if any(o.failed for o in progress.optimizers) else [])]
+    table = plain_table(f"{progress.study}: {progress.phase}")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("done", *names):
+    for name in ("done", "run", *names[1:]):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best", justify="right", no_wrap=True)
     table.add_column("at")
@@ -84,15 +97,18 @@ def progress_table(progress: StudyProgress) -> Table:
             o.optimizer,
             f"{o.done}/{o.tickets}",
             *(str(getattr(o, name)) for name in names),
-            _number(o.best),
+            number(o.best),
             setting_text(o.best_setting or {}),
         )
+    for what, kind in ((reference or "reference", progress.reference), ("confirmation", progress.confirm)):
+        if kind.tickets:
+            table.add_row(what, f"{kind.done}/{kind.tickets}", str(kind.running))
     return table
 
 
 def workers_table(progress: StudyProgress) -> Table:
     """Who works on the study."""
-    table = _table("workers")
+    table = plain_table("workers")
     for name in ("worker", "node", "device", "slots", "state", "heartbeat"):
         table.add_column(name, justify="right" if name == "slots" else "left")
     for w in progress.workers:
@@ -102,7 +118,7 @@ def workers_table(progress: StudyProgress) -> Table:
 
 def studies_table(rows: Sequence[tuple[StudyRecord, StudyProgress]]) -> Table:
     """All studies of a database."""
-    table = _table("studies")
+    table = plain_table("studies")
     table.add_column("study")
     table.add_column("phase")
     table.add_column("done", justify="right")
@@ -125,10 +141,11 @@ def _outcomes(progress: StudyProgress) -> list[str]:
     return [*names, "failed"] if any(o.failed for o in progress.optimizers) else names
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     """A table without frame, narrow enough for 80 columns."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """To 4 significant digits; `-` if it is missing."""
     return "-" if value is None else f"{value:.4g}"

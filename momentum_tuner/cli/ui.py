@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import click
 
-from momentum_tuner.cli.options import open_database, storage_option, tracking_option
+from momentum_tuner.cli.options import name_argument, open_database, storage_option, tracking_option
 
 
 @click.command(epilog="Example: momentum-tuner ui --port 5001")
@@ -81,7 +81,7 @@ def _run_all(commands: list[list[str]]) -> None:
 
 
 @click.command(epilog="Example: momentum-tuner publish digits-mlp")
-@click.argument("name")
+@name_argument
 @storage_option
 @tracking_option
 def publish(name: str, storage: str, tracking_uri: str) -> None:

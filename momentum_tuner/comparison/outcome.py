@@ -126,13 +126,14 @@ class Comparison:
 
     def flat(self) -> dict[str, Any]:
         """As plain JSON values."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = plain_values(asdict(self))
         return found
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Mappings, lists and numbers as JSON has them."""
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: plain_values(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain_values(part) for part in value]
     return plain_number(value)

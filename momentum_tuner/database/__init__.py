@@ -7,8 +7,18 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_engine,
 )
-from momentum_tuner.database.migrate import migrate, optuna_differs
-from momentum_tuner.database.models import Base, Calibration, Epoch, Study, Ticket, Worker, database_now, plain_number
+from momentum_tuner.database.migrate import is_current, migrate, optuna_differs
+from momentum_tuner.database.models import (
+    Base,
+    Calibration,
+    Epoch,
+    Load,
+    Study,
+    Ticket,
+    Worker,
+    database_now,
+    plain_number,
+)
 
 __all__ = [
     "UNREACHABLE",
@@ -16,12 +26,14 @@ __all__ = [
     "Calibration",
     "Database",
     "Epoch",
+    "Load",
     "Study",
     "Ticket",
     "Worker",
     "database_now",
     "engine_options",
     "insert_new",
+    "is_current",
     "migrate",
     "optuna_differs",
     "plain_number",

@@ -12,7 +12,7 @@ from momentum_tuner.database.engine import Database, engine_options
 from momentum_tuner.errors import StorageError
 
 VERSION_TABLE = "momentum_tuner_version"
-CURRENT = "0002"
+CURRENT = "0003"
 _LOCK_SECONDS = 300
 _LOCK = 0x6D6F6D656E74  # "moment", the key of PostgreSQL's advisory lock around migrations
 
@@ -23,7 +23,7 @@ def migrate(database: Database) -> None:
     Raises:
         StorageError: the database is not reachable, or of a newer momentum-tuner or another Optuna.
     """
-    if _ready(database):
+    if is_current(database):
         return
     with database.write() as session:
         connection = session.connection()
@@ -39,7 +39,12 @@ def migrate(database: Database) -> None:
         create_optuna_tables(database)  # on a connection of its own, which our transaction would keep out
 
 
-def _ready(database: Database) -> bool:
+def is_current(database: Database) -> bool:
+    """Whether the tables are there, and of this version.
+
+    Raises:
+        StorageError: they are of a newer momentum-tuner, or the database does not answer.
+    """
     with database.read() as session:
         found = version(session.connection())
         if found is not None and found > CURRENT:

@@ -89,6 +89,10 @@ class Study(Base):
     parent_run_id: Mapped[str | None] = mapped_column(String(64))
     parent_published: Mapped[str | None] = mapped_column(String(16))
     """The phase that the parent run shows."""
+    parent_trials: Mapped[int] = mapped_column(default=0, server_default="0")
+    """How many ended trials the curves of the parent run show."""
+    data: Mapped[dict[str, Any] | None]
+    """What the trials learn from: name, digest and sizes, as the first worker found them."""
     publisher: Mapped[str | None] = mapped_column(String(64))
     publisher_until: Mapped[float | None]
     """The publisher's lease on this study, and until when it holds."""
@@ -109,6 +113,25 @@ class Worker(Base):
     state: Mapped[str] = mapped_column(String(16))
     started_at: Mapped[float]
     heartbeat: Mapped[float]
+    environment: Mapped[dict[str, Any] | None]
+    """The machine and the versions it works with."""
+
+
+class Load(Base):
+    """How busy a worker was at one time."""
+
+    __tablename__ = "loads"
+    __table_args__ = (Index(None, "study_id", "published"),)
+
+    worker_id: Mapped[str] = mapped_column(ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True)
+    sampled_at: Mapped[float] = mapped_column(primary_key=True)
+    study_id: Mapped[int | None] = mapped_column(ForeignKey("tuner_studies.id", ondelete="SET NULL"))
+    """The study that it served then."""
+    cpu_percent: Mapped[float]
+    """Of the process; 100 is one core."""
+    memory_mb: Mapped[float]
+    gpu_memory_mb: Mapped[float | None]
+    published: Mapped[bool] = mapped_column(default=False)
 
 
 class Ticket(Base):
@@ -144,6 +167,8 @@ class Ticket(Base):
     checkpoint: Mapped[str | None] = mapped_column(Text)
     outcome: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(Text)
+    traceback: Mapped[str | None] = mapped_column(Text)
+    """Of the error that it failed with, without secrets."""
     value: Mapped[float | None]
     second_value: Mapped[float | None]
     """The value of the second aim, where the objective has two."""

@@ -52,7 +52,7 @@ def resolve_devices(device: str) -> list[str]:
     """The devices that `--device` names, each as torch calls it."""
     if device == "cpu":
         return ["cpu"]
-    if device == "auto" and not _may_have_gpu():
+    if device == "auto" and not may_have_gpu():
         return ["cpu"]
     found = visible_gpus()
     if device == "auto":
@@ -85,6 +85,6 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _may_have_gpu() -> bool:
+def may_have_gpu() -> bool:
     """Whether it is worth the second that importing torch takes to ask it."""
     return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")) or os.name == "nt"

@@ -112,13 +112,14 @@ class LocalWorkers:
         if self._drain_until is not None and time.monotonic() > self._drain_until:
             self._drain_until = None
             for child in self._workers:
-                child.process.kill()
+                _kill_group(child.process)
                 child.process.wait()
         for child in list(self._workers):
             code = child.process.poll()
             if code is None:
                 continue
             self._workers.remove(child)
+            _kill_group(child.process)  # a DataLoader's processes notice only after seconds that theirs is gone
             self._finish_reading(child)
             if code == 0:
                 continue
@@ -226,6 +227,8 @@ class LocalWorkers:
     def _finish_reading(self, child: _Child) -> None:
         if child.reader is not None:
             child.reader.join(timeout=5)
+            if child.reader.is_alive():  # something holds the other end, and to close this one would wait for that
+                return
         for stream in (child.process.stdin, child.process.stderr):
             if stream is not None:
                 stream.close()
@@ -237,6 +240,12 @@ class LocalWorkers:
         host = WorkerIdentity.of_this_process().host
         with contextlib.suppress(StorageError), self.database.write() as session:
             session.execute(sa.update(Worker).where(Worker.host == host, Worker.pid == pid).values(state="stopped"))
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """End a child at once, with all that it has started and that did not leave its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def trials_done(database: Database) -> int:

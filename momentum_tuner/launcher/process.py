@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -74,14 +75,23 @@ def _work(order: dict[str, object]) -> int:
     stop = StopSignal()
     stop.install()
 
-    def watch_parent() -> None:
-        sys.stdin.read()
-        stop.asked = True
-
-    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
+    _watch_parent(lambda: setattr(stop, "asked", True))
     options = TypeAdapter(WorkerOptions).validate_python(order["options"])
     run_worker(str(order["storage"]), options, stop)
     return 0
+
+
+def _watch_parent(gone: Callable[[], None]) -> None:
+    """Say in a thread when standard input ends."""
+
+    def watch() -> None:
+        # Not by `sys.stdin`, whose lock a read holds: a process that forks off meanwhile, as a DataLoader's workers do,
+        # would wait for it for ever when it closes its own.
+        while os.read(0, 4096):
+            pass
+        gone()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _publish(order: dict[str, object]) -> int:
@@ -95,11 +105,7 @@ def _publish(order: dict[str, object]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finishing = threading.Event()
 
-    def watch_parent() -> None:
-        sys.stdin.read()
-        finishing.set()
-
-    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
+    _watch_parent(finishing.set)
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
     studies = order["studies"]

@@ -1,1 +1,6 @@
-"""The report: one self-contained HTML file."""
+"""The report of a study: one HTML file, and its trials as CSV or Parquet."""
+
+from momentum_tuner.report.page import write_report
+from momentum_tuner.report.trials import trials_csv, write_trials
+
+__all__ = ["trials_csv", "write_report", "write_trials"]

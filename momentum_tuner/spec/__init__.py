@@ -12,7 +12,7 @@ from momentum_tuner.spec.sections import (
     TaskSpec,
 )
 from momentum_tuner.spec.settings import BATCH_SIZE, Range, Setting, grid_axis
-from momentum_tuner.spec.study import StudySpec, differences, load_study, parse_study, spec_hash
+from momentum_tuner.spec.study import StudySpec, check_study, differences, load_study, parse_study, spec_hash
 
 __all__ = [
     "BATCH_SIZE",
@@ -28,6 +28,7 @@ __all__ = [
     "Setting",
     "StudySpec",
     "TaskSpec",
+    "check_study",
     "differences",
     "grid_axis",
     "load_study",

@@ -299,12 +299,27 @@ def parse_study(text: str, source: str = "study") -> StudySpec:
         StudyFileError: as `load_study` does.
     """
     document, mistakes = read_document(text, source)
+    return check_study(document, source, mistakes)
+
+
+def check_study(document: Mapping[str, object], source: str, mistakes: Sequence[str] = ()) -> StudySpec:
+    """The study in a mapping of a study file's sections.
+
+    Args:
+        document: the sections.
+        source: begins each line of the report.
+        mistakes: lines that are reported too.
+
+    Raises:
+        StudyFileError: as `load_study` does.
+    """
+    found = list(mistakes)
     try:
         spec = StudySpec.model_validate(document)
     except ValidationError as error:
-        mistakes += lines(error, StudySpec, source)
-    if mistakes:
-        raise StudyFileError(report(mistakes))
+        found += lines(error, StudySpec, source)
+    if found:
+        raise StudyFileError(report(found))
     return spec
 
 

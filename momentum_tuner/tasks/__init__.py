@@ -1,4 +1,4 @@
-"""What is trained: `Task`, the tasks built in, and the loader of a study file's `task.factory`.
+"""What is trained: `Task`, `Loop`, the tasks built in, and the loader of a study file's `task.factory`.
 
 Nothing heavy is imported until a name is used.
 """
@@ -11,21 +11,31 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from momentum_tuner.tasks.adapters import from_huggingface, from_lightning
+    from momentum_tuner.tasks.content import describe_data
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn, digits_transformer
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
-    from momentum_tuner.tasks.loader import load_task, trust_of
+    from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
+    from momentum_tuner.tasks.loop import Loop, LoopContext
     from momentum_tuner.tasks.task import Task, check_objective, check_task
 
 __all__ = [
     "BUILT_IN",
+    "Loop",
+    "LoopContext",
     "Task",
     "check_objective",
     "check_task",
+    "check_trust",
+    "describe_data",
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
     "digits_transformer",
     "double_well",
+    "from_huggingface",
+    "from_lightning",
+    "is_loading",
     "load_task",
     "quadratic",
     "rosenbrock",
@@ -47,9 +57,16 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
 
 _EXPORTS = {
     **BUILT_IN,
+    "Loop": "momentum_tuner.tasks.loop:Loop",
+    "LoopContext": "momentum_tuner.tasks.loop:LoopContext",
     "Task": "momentum_tuner.tasks.task:Task",
     "check_objective": "momentum_tuner.tasks.task:check_objective",
     "check_task": "momentum_tuner.tasks.task:check_task",
+    "check_trust": "momentum_tuner.tasks.loader:check_trust",
+    "from_huggingface": "momentum_tuner.tasks.adapters:from_huggingface",
+    "from_lightning": "momentum_tuner.tasks.adapters:from_lightning",
+    "is_loading": "momentum_tuner.tasks.loader:is_loading",
+    "describe_data": "momentum_tuner.tasks.content:describe_data",
     "load_task": "momentum_tuner.tasks.loader:load_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }

@@ -26,6 +26,7 @@ from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import BUILT_IN
 
 if TYPE_CHECKING:
+    from momentum_tuner.tasks.loop import Loop
     from momentum_tuner.tasks.task import Task
 
 _BUILT_IN_MODULE = "momentum_tuner.tasks"
@@ -33,6 +34,7 @@ _IDENTIFIER = r"[^\W\d]\w*"
 _MODULE = re.compile(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*")
 _FILE = re.compile(r"[^\\\x00-\x1f\x7f:]+\.py")
 
+_loading = 0
 _beside_studies: set[str] = set()
 """Modules that were found only in a study's folder: the next study may mean others by the same names."""
 
@@ -72,7 +74,41 @@ def trust_of(factory: str, base: Path | None) -> str | None:
     return None if reference.built_in else reference.trusted_by
 
 
-def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, trusted: Collection[str] = ()) -> Task:
+def check_trust(factory: str, base: Path | None, trusted: Collection[str]) -> None:
+    """See that a factory may be imported, without importing anything; the arguments are those of `load_task`.
+
+    Raises:
+        TaskError: it is malformed, a file outside `base`, or not trusted.
+    """
+    _trusted(factory, base, trusted)
+
+
+def is_loading() -> bool:
+    """Whether a task is being loaded now, so that who asks is called by the user's file as it is imported."""
+    return _loading > 0
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    global _loading
+    _loading += 1
+    try:
+        yield
+    finally:
+        _loading -= 1
+
+
+def _trusted(factory: str, base: Path | None, trusted: Collection[str]) -> _Reference:
+    reference = _parse(factory, base)
+    if not reference.built_in and not _is_trusted(reference, trusted):
+        entry = reference.trusted_by
+        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {entry} if it is yours")
+    return reference
+
+
+def load_task(
+    factory: str, params: Mapping[str, Any], *, base: Path | None, trusted: Collection[str] = ()
+) -> Task | Loop:
     """Import a factory, if it is trusted, and call it.
 
     While it loads, `base` and the working directory are importable. A file is read anew each time.
@@ -85,21 +121,19 @@ def load_task(factory: str, params: Mapping[str, Any], *, base: Path | None, tru
 
     Raises:
         TaskError: in one line, why the factory is refused (before anything is imported), is not found, or
-            does not take `params`; what it raised and where; or what it returned in place of a `Task`.
+            does not take `params`; what it raised and where; or what it returned in place of a `Task` or `Loop`.
     """
-    reference = _parse(factory, base)
-    if not reference.built_in and not _is_trusted(reference, trusted):
-        entry = reference.trusted_by
-        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {entry} if it is yours")
+    reference = _trusted(factory, base, trusted)
+    from momentum_tuner.tasks.loop import Loop
     from momentum_tuner.tasks.task import Task, user_code
 
-    with _importable(reference, base):
+    with _noted(), _importable(reference, base):
         build = _callable(reference)
         _check_origin(reference, build, trusted)
         _check_params(factory, build, params)
         with user_code(f"task.factory {factory!r}"):
             task = build(**params)
-    if not isinstance(task, Task):
+    if not isinstance(task, Task | Loop):
         kind = type(task).__name__
         raise TaskError(f"task.factory {factory!r} must return a momentum_tuner.Task, not {kind}")
     return task

@@ -15,15 +15,18 @@ from typing import Any, ParamSpec
 import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.spec import OBJECTIVES
+from momentum_tuner.tasks.loop import Loop
 
 Measure = Callable[[nn.Module, Any], Tensor]
 """A loss or a metric: of a model and a batch, a scalar."""
 
 _ROWS_TO_CHECK = 32
+_OF_LOOPS = {"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "steps_to_target"}
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _INSTALLED = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")})
 _TORCH = Path(torch.__file__).resolve().parent
@@ -115,11 +118,12 @@ def _check_data(name: str, data: object) -> None:
             f"{where} is a one-shot iterator ({type(data).__name__}), empty after one epoch: "
             "give a list, a DataLoader, or an object whose __iter__ starts anew"
         )
-    if _length(data) == 0:
+    if length(data) == 0:
         raise TaskError(f"{where} is empty")
 
 
-def _length(data: Any) -> int | None:
+def length(data: Any) -> int | None:
+    """How many batches or rows there are, if that can be told."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):  # the second from a user's __len__ that is only declared
@@ -133,7 +137,7 @@ def _check_steps(steps: object, train: object) -> None:
         if steps is None:
             raise TaskError("Task.steps_per_epoch is missing: a landscape has no data to count an epoch by")
     elif not isinstance(train, TensorDataset):
-        batches = _length(train)
+        batches = length(train)
         if batches is None and steps is None:
             raise TaskError("Task.steps_per_epoch is missing: Task.train has no len() to count an epoch by")
         if batches is not None and steps is not None and steps > batches:
@@ -148,8 +152,10 @@ def _check_optimum(optimum: object) -> None:
         raise TaskError("Task.optimum has values that are not finite")
 
 
-def check_task(task: Task) -> None:
+def check_task(task: Task | Loop) -> None:
     """Build the model once and run its loss and metrics on one small batch; torch's random state is kept.
+
+    A loop of the user's own is not run: each of its trials shows what is wrong with it.
 
     Args:
         task: the task as its factory returned it.
@@ -157,6 +163,8 @@ def check_task(task: Task) -> None:
     Raises:
         TaskError: in one line, what cannot be trained, or what the user's code raised and where.
     """
+    if isinstance(task, Loop):
+        return
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
         with user_code("Task.model"):
@@ -198,8 +206,17 @@ def _first_batch(name: str, data: TensorDataset | Iterable[Any] | None) -> Any:
         if isinstance(data, TensorDataset):
             return data[:_ROWS_TO_CHECK]
         for batch in data:
-            return batch
+            return plain_batch(batch)
     raise TaskError(f"Task.{name} yields no batch")
+
+
+def plain_batch(batch: Any) -> Any:
+    """A batch with every mapping as a dict, such as Hugging Face's BatchEncoding: so its tensors can be stacked."""
+
+    def plain(value: Any) -> Any:
+        return {name: plain_batch(part) for name, part in value.items()} if isinstance(value, Mapping) else value
+
+    return tree_map(plain, batch)
 
 
 def _scalar(name: str, measure: Measure, model: nn.Module, batch: Any) -> Tensor:
@@ -229,10 +246,14 @@ def user_code(what: str) -> Iterator[None]:
     except TaskError as error:
         raise TaskError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:
-        message = " ".join(str(error).split())
-        name = type(error).__name__
-        described = f"{name}: {message}" if message else name
-        raise TaskError(f"{what} raised {described} ({_place(error)})") from error
+        raise TaskError(f"{what} raised {described(error)}") from error
+
+
+def described(error: BaseException) -> str:
+    """What the user's code raised, in one line, and where."""
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {message} ({_place(error)})" if message else f"{name} ({_place(error)})"
 
 
 def _place(error: BaseException) -> str:
@@ -284,14 +305,17 @@ def checked(build: Callable[P, Task]) -> Callable[P, Task]:
     return factory
 
 
-def check_objective(metric: str, task: Task) -> None:
+def check_objective(metric: str, task: Task | Loop) -> None:
     """See that an aim is something the task measures.
 
     Raises:
-        TaskError: it is a metric that the task has not, or contraction without a known optimum.
+        TaskError: it is a metric that the task has not, contraction without a known optimum, or a measure that a
+            loop need not yield.
     """
-    if metric == "contraction" and task.optimum is None:
+    if metric == "contraction" and (isinstance(task, Loop) or task.optimum is None):
         raise TaskError("objective.metric: contraction needs a task with a known optimum, which this task has not")
+    if isinstance(task, Loop) and metric in set(OBJECTIVES) - _OF_LOOPS:
+        raise TaskError(f"objective.metric: a Loop need not yield {metric}; use valid_loss or one of Loop.metrics")
     if metric not in OBJECTIVES and metric.removeprefix("valid_") not in task.metrics:
         there = ", ".join(f"valid_{name}" for name in task.metrics) or "none of its own"
         raise TaskError(f"objective.metric: the task has no {metric!r}; its metrics are {there}; or use valid_loss")

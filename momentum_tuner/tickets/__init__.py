@@ -1,6 +1,7 @@
 """Who may run which trial: studies, tickets and workers in the database."""
 
 from momentum_tuner.tickets.confirmation import confirmation_seeds, is_confirmation_of, open_confirmation
+from momentum_tuner.tickets.pace import recent_rate
 from momentum_tuner.tickets.progress import (
     BestSetting,
     KindProgress,
@@ -34,11 +35,14 @@ from momentum_tuner.tickets.studies import (
     find_study,
     finish_study,
     list_studies,
+    note_data,
+    search_kind,
     submit_study,
 )
 from momentum_tuner.tickets.workers import (
     HEARTBEAT_SECONDS,
     Heartbeat,
+    LoadSample,
     Outage,
     WorkerIdentity,
     alive_workers,
@@ -53,6 +57,7 @@ __all__ = [
     "Claim",
     "Heartbeat",
     "KindProgress",
+    "LoadSample",
     "OptimizerProgress",
     "Outage",
     "Result",
@@ -75,13 +80,16 @@ __all__ = [
     "is_confirmation_of",
     "list_studies",
     "note_checkpoints",
+    "note_data",
     "noted_checkpoints",
     "noted_trials",
     "open_confirmation",
     "open_tickets_per_worker",
     "read_epochs",
+    "recent_rate",
     "record_epochs",
     "register_worker",
+    "search_kind",
     "set_trials",
     "stop_worker",
     "studies_with_work",

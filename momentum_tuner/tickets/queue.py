@@ -72,6 +72,7 @@ class Result:
         measures: final measures for people to see.
         reason: why it failed.
         second_value: the value of the second aim, if there is one.
+        traceback: where it failed, without secrets.
     """
 
     outcome: str
@@ -79,6 +80,7 @@ class Result:
     measures: Mapping[str, Any] | None = None
     reason: str | None = None
     second_value: float | None = None
+    traceback: str | None = None
 
 
 def claim(
@@ -206,7 +208,7 @@ def begin_finish(database: Database, results: Sequence[tuple[Claim, Result]]) ->
             row = held[kept_claim.ticket_id]
             row.state, row.outcome = "finishing", result.outcome
             row.value, row.second_value = finite(result.value), finite(result.second_value)
-            row.reason = result.reason.replace("\0", "") if result.reason is not None else None  # PostgreSQL refuses it
+            row.reason, row.traceback = _storable(result.reason), _storable(result.traceback)
             row.measures = dict(result.measures) if result.measures is not None else None
         return kept
 
@@ -285,6 +287,11 @@ def open_tickets_per_worker(database: Database, study_id: int) -> float:
 def epoch_record(row: Epoch) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
+
+
+def _storable(text: str | None) -> str | None:
+    """A text without null characters, which PostgreSQL refuses."""
+    return None if text is None else text.replace("\0", "")
 
 
 def _claimable(worker_id: str, silent_since: float) -> sa.ColumnElement[bool]:

@@ -115,6 +115,17 @@ def tickets_left(session: Session, study_id: int) -> int:
     return session.scalar(left) or 0
 
 
+def note_data(database: Database, study_id: int, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Note what a study's trials learn from, unless it is noted; returns what is noted."""
+    with database.write() as session:
+        row = lock_study(session, study_id)
+        if row is None:
+            return data
+        if row.data is None:
+            row.data = dict(data)
+        return row.data
+
+
 def delete_study(database: Database, study_id: int) -> None:
     """Remove a study with its tickets and records (Optuna's studies and MLflow's runs are not ours to touch here)."""
     with database.write() as session:

@@ -10,16 +10,20 @@ import re
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
-from momentum_tuner.database import Database, Worker, database_now
+from momentum_tuner.database import Database, Load, Worker, database_now
 from momentum_tuner.errors import describe_failure
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 3.0
+LOAD_SECONDS = 15.0
+"""How often a worker notes how busy it is."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,22 @@ class WorkerIdentity:
         return cls(f"{re.sub('[^A-Za-z0-9.]', '_', host[:40])}-{os.getpid()}-{uuid.uuid4().hex[:6]}", host, os.getpid())
 
 
-def register_worker(database: Database, identity: WorkerIdentity, device: str, node: str = "") -> None:
+@dataclass(frozen=True)
+class LoadSample:
+    """How busy a worker's process is: CPU in percent of one core, memory in MB, of the GPU what it holds there."""
+
+    cpu_percent: float
+    memory_mb: float
+    gpu_memory_mb: float | None = None
+
+
+def register_worker(
+    database: Database,
+    identity: WorkerIdentity,
+    device: str,
+    node: str = "",
+    environment: Mapping[str, Any] | None = None,
+) -> None:
     """Enter a worker into the table, alive from now on.
 
     Args:
@@ -45,6 +64,7 @@ def register_worker(database: Database, identity: WorkerIdentity, device: str, n
         identity: who it is.
         device: what it trains on.
         node: the machine that people see it on; empty for the host's name.
+        environment: the machine and the versions it works with.
     """
     with database.write() as session:
         session.add(
@@ -58,6 +78,7 @@ def register_worker(database: Database, identity: WorkerIdentity, device: str, n
                 state="running",
                 started_at=database_now(),
                 heartbeat=database_now(),
+                environment=None if environment is None else dict(environment),
             )
         )
 
@@ -110,15 +131,23 @@ class Heartbeat:
         worker_id: who is alive.
         every: how often, in seconds.
         outage: is told of each beat that failed.
+        measure: says how busy the worker is, which is noted with a beat every `LOAD_SECONDS`.
     """
 
     def __init__(
-        self, database: Database, worker_id: str, every: float = HEARTBEAT_SECONDS, outage: Outage | None = None
+        self,
+        database: Database,
+        worker_id: str,
+        every: float = HEARTBEAT_SECONDS,
+        outage: Outage | None = None,
+        measure: Callable[[], LoadSample] | None = None,
     ) -> None:
         self._database = database
         self._worker_id = worker_id
         self._every = every
         self._outage = outage or Outage()
+        self._measure = measure
+        self._measured = -math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -138,9 +167,23 @@ class Heartbeat:
                     session.execute(
                         sa.update(Worker).where(Worker.id == self._worker_id).values(heartbeat=database_now())
                     )
+                self._note_load()
                 failing = False
             except Exception as error:
                 self._outage.notice()
                 if not failing:  # say it once, not every few seconds
                     logger.warning("heartbeat: %s; trying again", describe_failure(error))
                 failing = True
+
+    def _note_load(self) -> None:
+        """Note how busy the worker is, if it is time and it serves a study."""
+        if self._measure is None or time.monotonic() - self._measured < LOAD_SECONDS:
+            return
+        sample = self._measure()
+        with self._database.write() as session:
+            study_id = session.scalar(sa.select(Worker.study_id).where(Worker.id == self._worker_id))
+            if study_id is None:
+                return
+            now = session.scalar(sa.select(database_now()))
+            session.add(Load(worker_id=self._worker_id, study_id=study_id, sampled_at=now, **asdict(sample)))
+        self._measured = time.monotonic()

@@ -38,7 +38,14 @@ EPOCH_MEASURES = (
     "seconds",
     "distance",
 )
-FINAL_MEASURES = ("best_valid_loss", "mean_valid_loss", "contraction", "steps_to_target")
+FINAL_MEASURES = (
+    "best_valid_loss",
+    "mean_valid_loss",
+    "contraction",
+    "steps_to_target",
+    "sharpness",
+    "stability_margin",
+)
 
 
 @dataclass(frozen=True)

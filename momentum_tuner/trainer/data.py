@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
+from momentum_tuner.tasks.task import plain_batch
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
 EVALUATION_BATCH = 1024
@@ -203,15 +204,19 @@ def _alike(values: Sequence[Any]) -> bool:
 
 
 def place(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """A batch on the device, its floating-point tensors in `dtype` (unchanged if None)."""
+    """A batch on the device, its floating-point tensors in `dtype` (unchanged if None).
+
+    An object that is no container of torch's is left as it is, or moved by its own `to`.
+    """
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            to = getattr(value, "to", None)
+            return to(device) if callable(to) else value
         target = dtype if dtype is not None and value.is_floating_point() else value.dtype
         return value.to(device=device, dtype=target, non_blocking=True)
 
-    return tree_map(move, batch)
+    return tree_map(move, plain_batch(batch))
 
 
 class TrainingData:
@@ -224,6 +229,15 @@ class TrainingData:
         self._tensors: list[Tensor] = []
         if isinstance(task.train, TensorDataset):
             self._tensors = [place(t, device, dtype) for t in task.train.tensors]
+
+    def sample(self, examples: int) -> Batch:
+        """One and the same batch every time: the first examples, at most so many; of an iterable its first batch."""
+        train = self._task.train
+        if train is None:
+            return Batch(None, shared=True)
+        if isinstance(train, TensorDataset):
+            return Batch(tuple(t[:examples] for t in self._tensors), shared=True)
+        return next(LoaderSource(train, 1, self._device, self._dtype).epoch([(0, 1)]))
 
     def source(self, batch_size: int) -> Source:
         """The minibatches at one batch size (of no effect for iterables and landscapes)."""
@@ -277,17 +291,15 @@ class Validation:
         assert self._iterable is not None
         for raw in seeded_iterator(self._iterable, 0):
             batch = place(raw, self._device, self._dtype)
-            yield ValidationBatch(Batch(batch, shared=True), _examples(batch))
+            yield ValidationBatch(Batch(batch, shared=True), count_examples(batch))
 
 
-def _examples(batch: Any) -> int:
-    """Length of the first tensor's first axis."""
-    sizes: list[int] = []
-
-    def look(value: Any) -> Any:
+def count_examples(batch: Any) -> int:
+    """Length of the first tensor's first axis, also of one that an object of the user's own holds; 1 without any."""
+    for value in tree_flatten(batch)[0]:
         if isinstance(value, Tensor) and value.ndim:
-            sizes.append(len(value))
-        return value
-
-    tree_map(look, batch)
-    return sizes[0] if sizes else 1
+            return len(value)
+        held = [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, Tensor) and v.ndim]
+        if held:
+            return len(held[0])
+    return 1

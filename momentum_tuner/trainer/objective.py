@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from momentum_tuner.errors import TaskError
@@ -74,6 +75,7 @@ class Objective:
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
         """Shape and dtype of the buffers that each slot has of its own."""
+        self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
         self.reason: str | None = "asked for"
         if mode != "sequential":
             why = self._why_not_fused(probe)
@@ -143,6 +145,40 @@ class Objective:
         with torch.no_grad(), fast_products(self.device, self.layout.dtype):
             return self.replay.call(EVALUATION, self._fused_evaluation, *arguments)[0]
 
+    def smooth_loss(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, fused: bool) -> Tensor:
+        """The training loss `[slots]` at `rows` on one batch that all slots share, to be differentiated twice.
+
+        Without dropout and autocast, whose noise and rounding are no part of the landscape. Batch norm normalizes by
+        the batch, as it does where the optimizer takes its steps.
+
+        Args:
+            rows: `[slots, parameters]`.
+            buffers: copies of the slots' own buffers by name, which batch norm writes to.
+            data: the batch.
+            fused: all slots at once or one after the other.
+        """
+        self.wrapper.calm()
+
+        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            return self._call(row, own, data.tensors, None, smooth=True)[0]
+
+        def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+            # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
+            loss: Tensor = vjp(lambda row: one(row, own), row)[0]
+            return loss
+
+        # Neither the fast kernels of attention nor the libraries' recurrent layers have a second derivative.
+        with sdpa_kernel(SDPBackend.MATH), self._without_libraries(), torch.enable_grad():
+            if fused:
+                losses: Tensor = vmap(taken_apart, randomness="error")(rows, buffers)
+                return losses
+            found = []
+            with RandomStream(0) as stream:
+                for slot in range(len(rows)):
+                    stream.reseed(0)
+                    found.append(one(rows[slot], {name: value[slot] for name, value in buffers.items()}))
+        return torch.stack(found)
+
     def check_shared(self) -> None:
         """See that nothing has written to what all slots share.
 
@@ -181,9 +217,19 @@ class Objective:
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
-        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None, lowered: bool = False
+        self,
+        row: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Any,
+        key: Tensor | None,
+        lowered: bool = False,
+        smooth: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The wrapper's output, and the buffers as the forward pass left them; `lowered` for vmap."""
+        """The wrapper's output, and the buffers as the forward pass left them.
+
+        `lowered` is for vmap. `smooth` has torch's own operations, all of which can be differentiated twice, and no
+        autocast.
+        """
         state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
         state |= self.shared
         state |= buffers
@@ -191,9 +237,9 @@ class Objective:
         if key is not None:
             state |= dict.fromkeys(self._keys, key)
         with ExitStack() as stack:
-            if lowered or self._draws_within:
+            if (lowered or self._draws_within) and not smooth:
                 stack.enter_context(self._lowering)
-            if self.autocast:
+            if self.autocast and not smooth:
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             out = functional_call(self.wrapper, state, (batch,))
         self.wrapper.calls.key = None
@@ -256,6 +302,21 @@ class Objective:
                 own = {name: value[slot].clone() for name, value in buffers.items()}
                 found.append(self._call(rows[slot], own, data.tensors, None)[0])
         return torch.stack(found)
+
+    @contextmanager
+    def _without_libraries(self) -> Iterator[None]:
+        """Torch's own operations in place of oneDNN's and cuDNN's, for a model with recurrent layers."""
+        if not self._recurrent:
+            yield
+            return
+        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+            torch._C._set_cudnn_enabled(cudnn)
 
     def _why_not_fused(self, probe: Batch) -> str | None:
         """None if vmap batches the model well and rightly, else the reason in one line."""

@@ -89,8 +89,8 @@ class SlotBatch:
         return [(slot, self._state(i)) for i, slot in enumerate(self.slots)]
 
     def state(self, slot: Slot) -> SlotState:
-        """A copy of one slot's state, on the CPU."""
-        return on_cpu(self._state(self.slots.index(slot)))
+        """One slot's state, as views of the batch."""
+        return self._state(self.slots.index(slot))
 
     def train(self, pause: Callable[[], bool]) -> list[tuple[Slot, EpochRecord]] | None:
         """Train every slot to the end of its epoch, evaluate it, and derive its record.

@@ -49,6 +49,11 @@ class TrialSettings:
         neutral = float("inf") if name == "clip_norm" else 0.0
         return float(constants.get(name, self.hyperparameters.get(name, neutral)))
 
+    @property
+    def penalty(self) -> float:
+        """Curvature of the L2 penalty that its gradient includes: none where weight decay is decoupled from it."""
+        return 0.0 if self.rule.name == "adamw" else self.value("weight_decay")
+
 
 @dataclass(frozen=True)
 class SlotState:
@@ -64,6 +69,7 @@ class SlotState:
         spikes: the trailing means of the loss after those epochs.
         epoch_steps: steps done of the epoch after them; all of its steps if it only has to be evaluated.
         seconds: what those steps took.
+        loop: what a loop of the user's own saved besides its tensors, as plain JSON values.
     """
 
     tensors: Mapping[str, Tensor]
@@ -73,10 +79,12 @@ class SlotState:
     spikes: SpikeState = field(default_factory=SpikeState)
     epoch_steps: int = 0
     seconds: float = 0.0
+    loop: Any = None
 
     def header(self) -> dict[str, Any]:
         """All but the tensors, as plain JSON values; `restore` makes the state of it again, to the last bit."""
-        return {
+        loop = {} if self.loop is None else {"loop": self.loop}
+        return loop | {
             "epoch": self.epoch,
             "step": self.step,
             "epoch_steps": self.epoch_steps,
@@ -107,7 +115,7 @@ class SlotState:
         trailing = SpikeState(**{f.name: _number(spikes, f.name) for f in fields(SpikeState)})
         if trailing.weight < 0 or trailing.deviation_weight < 0 or trailing.deviation < 0:
             raise ValueError("the state's header has a negative weight or deviation in spikes")
-        return cls(dict(tensors), epoch, step, initial_loss, trailing, epoch_steps, seconds)
+        return cls(dict(tensors), epoch, step, initial_loss, trailing, epoch_steps, seconds, header.get("loop"))
 
 
 def check_state(objective: Objective, settings: TrialSettings, state: SlotState, steps: int) -> None:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from momentum_tuner.metrics import EpochRecord, finite
-from momentum_tuner.optim import make_schedule
+from momentum_tuner.metrics import EpochRecord, finite, stability_margin
+from momentum_tuner.optim import Schedule, make_schedule
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.calibration import SEQUENTIAL_WIDTH, Calibration
 from momentum_tuner.trainer.data import Batch, Source, TrainingData
 from momentum_tuner.trainer.memory import within_memory
 from momentum_tuner.trainer.objective import Objective, data_dtype
 from momentum_tuner.trainer.pace import Pace
+from momentum_tuner.trainer.sharpness import Sharpness
 from momentum_tuner.trainer.slots import Member, Slot, SlotBatch, evaluate, named_metrics, on_cpu
 from momentum_tuner.trainer.state import SlotState, TrialSettings, check_state, new_state
 
@@ -57,6 +59,9 @@ class Trainer:
         calibration: what was measured before, to be taken instead of a new measurement.
     """
 
+    whole_epochs = False
+    """Whether a trial is saved only as it was at the end of an epoch."""
+
     def __init__(
         self,
         task: Task,
@@ -87,6 +92,7 @@ class Trainer:
         self._slots: dict[Hashable, Slot] = {}
         self._starts: OrderedDict[tuple[int, str], tuple[SlotState, EpochRecord]] = OrderedDict()
         self.objective = Objective(task, self.device, precision, self._probe(), mode)
+        self._sharpness = Sharpness(self.objective, self._data)
         self._optimum = None
         if task.optimum is not None:
             self._optimum = task.optimum.to(self.device, self.objective.layout.dtype)
@@ -175,11 +181,48 @@ class Trainer:
         Raises:
             UnfinishedStepError: a step of this trial broke off in the middle.
         """
+        return on_cpu(self._state(key))
+
+    def sharpness(
+        self, keys: Sequence[Hashable], pause: Callable[[], bool] | None = None
+    ) -> dict[Hashable, float | None]:
+        """The largest eigenvalue of the Hessian of what each trial minimizes, at its parameters as they are now.
+
+        That is the training loss and, unless it is decoupled, the L2 penalty `weight_decay / 2 |theta|^2`, which adds
+        `weight_decay`. The loss is that of one batch, the same for all trials: the first 512 examples, the first batch
+        of an iterable, or the landscape. Dropout is off, and batch norm normalizes by that batch, as the optimizer
+        never sees its running statistics. It is found to 1%, in the parameters' dtype and without autocast.
+
+        Args:
+            keys: trials that hold a slot.
+            pause: asked before each Hessian-vector product. When it says True, the trials not done yet are left out.
+
+        Returns:
+            By trial, None where it cannot be had; the log says why.
+
+        Raises:
+            UnfinishedStepError: a step of one of the trials broke off in the middle.
+        """
+        states = [self._state(key) for key in keys]
+        values = self._sharpness.measure(states, pause or _never)
+        found: dict[Hashable, float | None] = {}
+        for key, value in zip(keys, values, strict=False):
+            found[key] = None if value is None else value + self._slots[key].settings.penalty
+        return found
+
+    def stability_margin(self, key: Hashable, sharpness: float) -> float | None:
+        """`metrics.stability_margin` at this sharpness, by the learning rate and momentum of a trial's last step."""
         slot = self._slots[key]
-        for entering, state in self._entering:
-            if entering is slot:
-                return on_cpu(state)
-        return next(batch for batch in self._batches if slot in batch.slots).state(slot)
+        settings = slot.settings
+        schedule = self._make_schedule(self._source(self._batch_size(settings)))
+        last = np.array(max(slot.step - 1, 0))
+        return stability_margin(
+            settings.optimizer,
+            settings.value("learning_rate") * float(schedule.learning_rate_factor(last)),
+            settings.value("momentum") * float(schedule.momentum_factor(last)),
+            sharpness,
+            settings.value("dampening"),
+        )
 
     def train_epoch(self, pause: Callable[[], bool] | None = None) -> Iterator[tuple[Hashable, EpochRecord]]:
         """Train every slot to the end of its epoch and yield its record, one batch size after the other.
@@ -225,6 +268,14 @@ class Trainer:
         except Exception:
             self.failed = keys()
             raise
+
+    def _state(self, key: Hashable) -> SlotState:
+        """A slot's state on the device, as views."""
+        slot = self._slots[key]
+        for entering, state in self._entering:
+            if entering is slot:
+                return state
+        return next(batch for batch in self._batches if slot in batch.slots).state(slot)
 
     def _place(self, settings: TrialSettings, state: SlotState | None) -> tuple[SlotState, EpochRecord | None]:
         """The state on the device, and the record of a trial that starts anew."""
@@ -281,7 +332,10 @@ class Trainer:
 
     def _new_batch(self, batch_size: int) -> SlotBatch:
         source = self._source(batch_size)
-        schedule = make_schedule(
+        return SlotBatch(self.objective, source, self._make_schedule(source), self._optimum, batch_size)
+
+    def _make_schedule(self, source: Source) -> Schedule:
+        return make_schedule(
             self._schedule.name,
             total_steps=self.epochs * source.steps,
             steps_per_epoch=source.steps,
@@ -289,7 +343,6 @@ class Trainer:
             warmup_epochs=self._schedule.warmup_epochs,
             warmup_start=self._schedule.warmup_start,
         )
-        return SlotBatch(self.objective, source, schedule, self._optimum, batch_size)
 
     def _start(self, settings: TrialSettings) -> tuple[SlotState, EpochRecord]:
         """State and record of an untrained trial; the last few seeds are remembered, as a search shares one."""

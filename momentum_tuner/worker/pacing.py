@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from momentum_tuner.database import Database
 from momentum_tuner.errors import StorageError
 from momentum_tuner.spec import StudySpec
-from momentum_tuner.tasks import Task
+from momentum_tuner.tasks import Loop, Task
 from momentum_tuner.tickets import StudyRecord, open_tickets_per_worker
-from momentum_tuner.trainer import FUSED_WIDTH, ScheduleSettings, Trainer
+from momentum_tuner.trainer import FUSED_WIDTH, LoopTrainer, ScheduleSettings, Trainer, trainer_of
 from momentum_tuner.worker.calibrations import Calibrations
 from momentum_tuner.worker_options import WorkerOptions
 
@@ -41,10 +42,15 @@ class Pacing:
             torch.set_num_threads(options.threads)
         self._calibrations = Calibrations(database, study, self._batch_size, options.device, self._most)
 
-    def make_trainer(self, task: Task) -> Trainer:
-        """A trainer of the study's task that trains in the fastest way, with as many threads as that needs."""
+    def make_trainer(self, task: Task | Loop, stopping: Callable[[], bool]) -> Trainer | LoopTrainer:
+        """A trainer of the study's task that trains in the fastest way, with as many threads as that needs.
+
+        Args:
+            task: what to train; a loop of the user's own sees to its speed itself.
+            stopping: whether the worker is to stop.
+        """
         spec, schedule = self._study.spec, self._study.spec.schedule
-        trainer = Trainer(
+        trainer = trainer_of(
             task,
             epochs=spec.budget.epochs,
             slots=self._options.slots,
@@ -54,21 +60,24 @@ class Pacing:
             most=self._most,
             compiles=self._options.compiles,
             batch_size=self._batch_size,
-            calibration=self._calibrations.read(),
+            calibration=self._calibrations.read() if isinstance(task, Task) else None,
+            stopping=stopping,
         )
+        if isinstance(trainer, LoopTrainer):
+            return trainer
         self._calibrations.write(trainer.pace.calibration)
         if trainer.pace.threads is not None:
             torch.set_num_threads(trainer.pace.threads)
         return trainer
 
-    def consider_compiling(self, trainer: Trainer, epochs_left: int) -> None:
+    def consider_compiling(self, trainer: Trainer | LoopTrainer, epochs_left: int) -> None:
         """Let the trainer compile its step if what is left of the study repays that.
 
         Args:
             trainer: of `make_trainer`.
             epochs_left: of the trials that hold its slots.
         """
-        if not trainer.pace.considers or time.monotonic() < self._next_look:
+        if isinstance(trainer, LoopTrainer) or not trainer.pace.considers or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + CONSIDER_SECONDS
         try:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from momentum_tuner.errors import describe_failure, describe_traceback
 from momentum_tuner.metrics import EpochRecord, TrialMeasures
-from momentum_tuner.tickets import Claim
+from momentum_tuner.tickets import Claim, Result
 from momentum_tuner.trainer import TrialSettings
 
 
@@ -49,3 +50,8 @@ def flat_measures(measures: TrialMeasures) -> dict[str, Any]:
     found |= {f"final_valid_{name}": value for name, value in final.items()}
     found |= {f"initial_valid_{name}": value for name, value in initial.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def failure(error: Exception) -> Result:
+    """What becomes of a trial that raised an error."""
+    return Result("failed", reason=describe_failure(error), traceback=describe_traceback(error))

@@ -70,6 +70,11 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @property
+    def keeps(self) -> bool:
+        """Whether there are checkpoints at all."""
+        return self._store is not None
+
+    @property
     def due(self) -> bool:
         """Whether it is time for the next checkpoint."""
         return self._store is not None and self._writing is None and time.monotonic() >= self._next

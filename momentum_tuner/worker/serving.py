@@ -12,7 +12,7 @@ import torch
 from momentum_tuner.checkpoints import CheckpointStore
 from momentum_tuner.database import Database
 from momentum_tuner.errors import StorageError, StudyFailedError, TaskError
-from momentum_tuner.tasks import Task, check_task, load_task
+from momentum_tuner.tasks import Loop, Task, check_task, describe_data, load_task
 from momentum_tuner.tickets import (
     HEARTBEAT_SECONDS,
     Heartbeat,
@@ -20,11 +20,13 @@ from momentum_tuner.tickets import (
     WorkerIdentity,
     find_study,
     list_studies,
+    note_data,
     register_worker,
     stop_worker,
     studies_with_work,
 )
 from momentum_tuner.worker.link import Link
+from momentum_tuner.worker.machine import LoadMeter, describe_machine
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker.study import POLL_SECONDS, StudyWorker
 from momentum_tuner.worker_options import WorkerOptions
@@ -56,10 +58,12 @@ class Worker:
         Raises:
             InputError: a named study's task cannot be loaded.
         """
-        register_worker(self.database, self.identity, self.options.device, self.options.node)
+        options = self.options
+        register_worker(self.database, self.identity, options.device, options.node, describe_machine(options.device))
         try:
-            every = min(HEARTBEAT_SECONDS, self.options.grace_seconds / 4)
-            with Heartbeat(self.database, self.identity.id, every, self.link.outage):
+            every = min(HEARTBEAT_SECONDS, options.grace_seconds / 4)
+            meter = LoadMeter(options.device)
+            with Heartbeat(self.database, self.identity.id, every, self.link.outage, meter):
                 while not self.stop.asked and self._serve_next():
                     pass
         finally:
@@ -113,6 +117,12 @@ class Worker:
             self._refused[study.id] = str(error)
             logger.warning("study %s is not served: %s", study.name, error)
             return
+        try:
+            self._note_data(study, task)
+        except StorageError as error:
+            self.link.failed(error)
+            time.sleep(POLL_SECONDS)
+            return
 
         def elsewhere() -> bool:
             return bool(self._with_work({s.id for s in self._open_studies()} - {study.id}))
@@ -121,7 +131,19 @@ class Worker:
             elsewhere
         )
 
-    def _load(self, study: StudyRecord) -> Task:
+    def _note_data(self, study: StudyRecord, task: Task | Loop) -> None:
+        """Note what the study's trials learn from, or warn where other workers found something else."""
+        mine = describe_data(task, study.spec.task.factory, study.spec.task.params)
+        noted = note_data(self.database, study.id, mine)
+        if noted["digest"] != mine["digest"]:
+            logger.warning(
+                "study %s: the data here is not what other workers train on (digest %s, not %s)",
+                study.name,
+                mine["digest"],
+                noted["digest"],
+            )
+
+    def _load(self, study: StudyRecord) -> Task | Loop:
         folder = Path(study.folder) if study.folder else None
         task = load_task(study.spec.task.factory, study.spec.task.params, base=folder, trusted=self.options.trust)
         check_task(task)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from momentum_tuner.checkpoints import CheckpointStore, SavedSlot
 from momentum_tuner.database import Database
-from momentum_tuner.errors import MomentumTunerError, StorageError, describe_failure
+from momentum_tuner.errors import MomentumTunerError, StorageError
 from momentum_tuner.faults import crash_point
-from momentum_tuner.metrics import EpochRecord, Target, TrialMeasures, objective_value, trial_measures
+from momentum_tuner.metrics import Target, TrialMeasures, objective_value, trial_measures
 from momentum_tuner.search import Search, TrialLostError
 from momentum_tuner.spec import StudySpec
-from momentum_tuner.tasks import Task, check_objective
+from momentum_tuner.tasks import Loop, Task, check_objective
 from momentum_tuner.tickets import (
     Result,
     StudyRecord,
@@ -30,11 +31,11 @@ from momentum_tuner.tickets import (
     set_trials,
     with_trial,
 )
-from momentum_tuner.trainer import SlotsOutOfMemoryError, SlotState
+from momentum_tuner.trainer import AbandonedError, SlotsOutOfMemoryError, SlotState
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
 from momentum_tuner.worker.pacing import Pacing
-from momentum_tuner.worker.results import flat_measures, rung_value, trial_settings
+from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker_options import WorkerOptions
@@ -65,7 +66,7 @@ class StudyWorker:
         database: Database,
         worker_id: str,
         study: StudyRecord,
-        task: Task,
+        task: Task | Loop,
         options: WorkerOptions,
         stop: StopSignal,
         link: Link | None = None,
@@ -85,7 +86,7 @@ class StudyWorker:
         for aim in self.spec.objective.aims:
             check_objective(aim.metric, task)
         self.pacing = Pacing(database, study, options)
-        self.trainer = self.pacing.make_trainer(task)
+        self.trainer = self.pacing.make_trainer(task, lambda: self.stop.asked)
         self.search = Search(database, self.spec, options.ordinal)
         self.saver = Saver(database, store, study, worker_id, options.checkpoint_seconds, options.grace_seconds)
         self.held: dict[int, Held] = {}
@@ -132,7 +133,7 @@ class StudyWorker:
             self._record()
             self._judge()
             self._finish()
-            self.saver.note(self.held)
+            self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
             self._claim()
             self._finish()
@@ -307,10 +308,12 @@ class StudyWorker:
                 return
             held.stage = Stage.RETURNING
             self._halve(error)
+        except AbandonedError:
+            return  # the worker stops, and gives its ticket back
         except MomentumTunerError:
             raise
         except Exception as error:
-            held.end(Result("failed", reason=describe_failure(error)))
+            held.end(failure(error))
 
     def _continue(self, held: Held, saved: SavedSlot) -> bool:
         """Admit a trial where its checkpoint left it; False if that does not fit what is known of it."""
@@ -330,23 +333,29 @@ class StudyWorker:
 
     def _train(self) -> None:
         """Train to the end of the epoch, or until a checkpoint or the wish to drain comes between; then settle."""
+        if not self._complete():  # trials that came back after their last epoch
+            return
         trained: set[int] = set()
         try:
             for key, record in self.trainer.train_epoch(self._pause):
                 assert isinstance(key, int)
                 trained.add(key)
-                self.held[key].add(record)
-                self._settle(self.held[key])
+                held = self.held[key]
+                held.add(record)
+                if record.diverged_at_step is not None:
+                    self._end(held, self._result(held, "diverged", self._measures(held)))
         except SlotsOutOfMemoryError as error:
+            self._complete()
             self._halve(error)
         except MomentumTunerError:
             raise
         except Exception as error:
-            reason = describe_failure(error)
-            logger.error("an epoch failed: %s", reason)
+            failed = failure(error)
+            logger.error("an epoch failed: %s", failed.reason)
             for held in self._in(Stage.TRAINING):
                 if held.claim.ticket_id in self.trainer.failed:
-                    self._end(held, Result("failed", reason=reason))
+                    self._end(held, failed)
+        self._complete()
         if any(h.last_attempt and h.claim.ticket_id in trained for h in self.held.values()):
             self.saver.hasten()  # it has come further than those that died of it, or of a neighbour
         if self.saver.due:
@@ -355,20 +364,28 @@ class StudyWorker:
     def _pause(self) -> bool:
         return self.stop.asked or self.saver.due or (self.saver.written and self.link.may_try)
 
-    def _settle(self, held: Held) -> None:
-        """End a trial that has diverged or is through its budget."""
-        last: EpochRecord = held.records[-1]
-        outcome = None
-        if last.diverged_at_step is not None:
-            outcome = "diverged"
-        elif last.epoch >= self.spec.budget.epochs:
-            outcome = "complete"
-        if outcome is not None:
-            measures = self._measures(held)
-            budget = self.spec.budget.epochs * self.trainer.steps_per_epoch(trial_settings(held.claim).batch_size)
-            values = [objective_value(measures, aim.metric, budget) for aim in self.spec.objective.aims]
-            second = values[1] if len(values) > 1 else None
-            self._end(held, Result(outcome, values[0], flat_measures(measures), second_value=second))
+    def _complete(self) -> bool:
+        """End the trials that are through their budget, with their stability measured; False if a wish to drain came.
+
+        Those that this leaves unmeasured are measured where they go on from their checkpoint; without checkpoints they
+        end as they are.
+        """
+        through = [h for h in self._in(Stage.TRAINING) if h.records[-1].epoch >= self.spec.budget.epochs]
+        keys = [h.claim.ticket_id for h in through]
+        sharpness = self.trainer.sharpness(keys, pause=lambda: self.stop.asked)
+        for held, key in zip(through, keys, strict=True):
+            if key in sharpness or not self.saver.keeps:
+                found = sharpness.get(key)
+                margin = None if found is None else self.trainer.stability_margin(key, found)
+                measures = replace(self._measures(held), sharpness=found, stability_margin=margin)
+                self._end(held, self._result(held, "complete", measures))
+        return len(sharpness) == len(through)
+
+    def _result(self, held: Held, outcome: str, measures: TrialMeasures) -> Result:
+        budget = self.spec.budget.epochs * self.trainer.steps_per_epoch(trial_settings(held.claim).batch_size)
+        values = [objective_value(measures, aim.metric, budget) for aim in self.spec.objective.aims]
+        second = values[1] if len(values) > 1 else None
+        return Result(outcome, values[0], flat_measures(measures), second_value=second)
 
     def _measures(self, held: Held) -> TrialMeasures:
         return trial_measures(held.records, self.spec.budget.epochs, self.target)

@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 @dataclass(frozen=True)
 class Shell:
     folder: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("MOMENTUM_TUNER_", "MLFLOW_"))}
-        return {**mine, "PYTHONPATH": str(ROOT), "COLUMNS": "140"}
+        return {**mine, "PYTHONPATH": str(ROOT), "COLUMNS": "140", **self.variables}
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         return subprocess.Popen(

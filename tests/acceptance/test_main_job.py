@@ -13,7 +13,7 @@ OPTIMIZERS = ("sgd", "momentum", "nesterov")
 
 def test_run_ends_in_a_table_of_the_best_setting_of_each_optimizer(finished):
     _, out = finished
-    table = out[out.index("best setting of each optimizer") :]
+    table = out[out.index("best setting of each optimizer") : out.index("best settings, the fastest first")]
     for name in ("learning rate", "momentum", "valid loss", "valid accuracy", "pruned", "diverged"):
         assert name in table
     rows = [line.split() for line in table.splitlines() if line.split() and line.split()[0] in OPTIMIZERS]

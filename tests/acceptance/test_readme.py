@@ -1,7 +1,6 @@
 """Every command of the README runs, and its outputs look like the real ones."""
 
 import re
-import shlex
 import shutil
 import socket
 import time
@@ -12,49 +11,56 @@ import pytest
 
 from momentum_tuner.cli import COMMANDS
 
+from .page import Page
+
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"<!-- (?P<what>[^>]+?) -->\n```\w*\n(?P<text>.*?)```", re.DOTALL)
-BLOCKS = [(found["what"], found["text"]) for found in BLOCK.finditer(README)]
-
-
-def commands(about: str) -> list[list[str]]:
-    lines = [line for what, text in BLOCKS if what == about for line in text.strip().splitlines()]
-    return [shlex.split(line)[1:] for line in lines]
-
-
-def block(what: str) -> str:
-    (text,) = [t for w, t in BLOCKS if w == what]
-    return text
+README = Page(ROOT / "README.md")
 
 
 def test_every_shell_block_is_marked_so_that_it_is_run_here():
-    shell_blocks = re.findall(r"```bash\n", README)
-    marked = [w for w, _ in BLOCKS if w.startswith("commands on") or w in ("the first command", "the test command")]
+    shell_blocks = re.findall(r"```bash\n", README.text)
+    marked = [
+        w for w, _ in README.blocks if w.startswith("commands on") or w in ("the first command", "the test command")
+    ]
     assert len(shell_blocks) == len(marked)
 
 
 def test_the_first_command_installs_and_runs_digits_mlp():
-    install, run = block("the first command").strip().rsplit(" && ", 1)
+    install, run = README.block("the first command").strip().rsplit(" && ", 1)
     assert "pip install ." in install
     assert run == "momentum-tuner run studies/digits-mlp.yaml"  # what the fixture `finished` runs
 
 
 def test_commands_on_digits_mlp_run(finished):
     shell, _ = finished
-    assert len(commands("commands on digits-mlp")) == 4
-    for arguments in commands("commands on digits-mlp"):
+    assert len(README.commands("digits-mlp")) == 6
+    for arguments in README.commands("digits-mlp"):
         assert shell.run(*arguments)
 
 
 def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
     _, out = finished
-    shown = block("output of run").strip().splitlines()
-    real = out[out.index("digits-mlp: best setting") : out.index("Paste into")].strip().splitlines()
+    shown = README.block("output of run").strip().splitlines()
+    start, end = out.index("digits-mlp: best setting of"), out.index("digits-mlp: best settings, the fastest first")
+    real = out[start:end].strip().splitlines()
     first_words = [[line.split()[0] if line.split() else "" for line in lines] for lines in (shown, real)]
     assert shown[0].strip() == real[0].strip()
     assert shown[2].split() == real[2].split()  # the heading
     assert sorted(first_words[0]) == sorted(first_words[1])
+
+
+def test_the_shown_verdict_has_the_headings_and_contestants_of_the_real_one(finished):
+    _, out = finished
+    shown, real = (
+        README.block("output of the verdict"),
+        out[out.index("digits-mlp: best settings, the fastest first") :],
+    )
+    lines = [line.split() for line in real.splitlines()]
+    for heading in [*shown.splitlines()[:4], *(s for s in shown.splitlines() if s.startswith(("equal", " pair")))]:
+        assert heading.split() in lines, heading
+    for contestant in ("momentum_0.9", "sgd", "momentum", "nesterov"):
+        assert [contestant] in [line[:1] for line in lines]
+    assert shown.count(" / ") == real.count(" / ") == 6
 
 
 def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
@@ -64,28 +70,28 @@ def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
     def form(text):
         return sorted(re.sub(r"=[\d.e-]+", "=N", line) for line in text.strip().splitlines())
 
-    assert form(block("output of best")) == form(real)
+    assert form(README.block("output of best")) == form(real)
 
 
 def test_your_own_model_runs_as_written(shell):
-    for what, text in BLOCKS:
+    for what, text in README.blocks:
         if what.startswith("file "):
             (shell.folder / what.removeprefix("file ")).write_text(text)
-    (arguments,) = commands("commands on my-study")
+    (arguments,) = README.commands("my-study")
     assert "my-study: best setting of each optimizer" in shell.run(*arguments)
-    assert len([line for line in block("file my_task.py").splitlines() if line.startswith("    ")]) <= 10
+    assert len([line for line in README.block("file my_task.py").splitlines() if line.startswith("    ")]) <= 10
 
 
 def test_commands_on_quadratic_run(shell, studies):
     shutil.copytree(studies, shell.folder / "studies")
-    for arguments in commands("commands on quadratic"):
+    for arguments in README.commands("quadratic"):
         out = shell.run(*arguments)
     assert "quadratic: done" in out
 
 
 def test_ui_serves_the_runs_of_the_study(finished):
     shell, _ = finished
-    assert "`momentum-tuner ui`" in README
+    assert "`momentum-tuner ui`" in README.text
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,4 +118,4 @@ def test_ui_serves_the_runs_of_the_study(finished):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_in_the_readme(command):
-    assert f"`{command}" in README
+    assert f"`{command}" in README.text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class LightTrainer:
 
     def release(self, key: Hashable) -> None:
         del self._trials[key]
+
+    def sharpness(self, keys: Sequence[Hashable], pause: Callable[[], bool]) -> dict[Hashable, None]:
+        return dict.fromkeys(keys)
 
     def train_epoch(self, pause: Callable[[], bool]) -> Iterator[tuple[Hashable, EpochRecord]]:
         for key, (loss, done) in list(self._trials.items()):

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -89,7 +88,7 @@ class RayWorkers:
         check_device(ray_options.device, ray_options.gpus_per_worker)
         self.database = database
         self.failures: list[WorkerFailure] = []
-        self._options = replace(options, trust=tuple(_absolute(entry) for entry in options.trust))
+        self._options = options
         self._placing = ray_options
         self._count = _number(ray_options.workers)
         self._say = say
@@ -331,11 +330,6 @@ def _number(workers: str) -> int | None:
     if workers.isdecimal() and int(workers) > 0:
         return int(workers)
     raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
-
-
-def _absolute(entry: str) -> str:
-    """An entry of `--trust` that means the same in every working directory."""
-    return str(Path(entry).absolute()) if entry.endswith(".py") else entry
 
 
 def _reason(error: RayError) -> str:

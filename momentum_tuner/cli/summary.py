@@ -1,0 +1,47 @@
+"""What a run ends in: the best settings, and where everything is."""
+
+from __future__ import annotations
+
+from momentum_tuner.cli.comparison_tables import print_verdict
+from momentum_tuner.cli.options import storage_again, tracking_again
+from momentum_tuner.cli.tables import best_table, console
+from momentum_tuner.comparison import compare_study
+from momentum_tuner.database import Database
+from momentum_tuner.errors import redact
+from momentum_tuner.launcher import RunOutcome
+from momentum_tuner.tickets import best_settings
+
+
+def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | None) -> None:
+    """Print what came of a run and what to type next.
+
+    Args:
+        database: where the study is.
+        outcome: how the run ended.
+        tracking_uri: the MLflow that shows the runs; None if none does.
+    """
+    out, progress, name = console(), outcome.progress, outcome.study.name
+    storage = storage_again()
+    if progress.phase == "done":
+        if outcome.was_complete:
+            out.print(f"Study {name} is complete.")
+        out.print(best_table(progress, best_settings(database, outcome.study), out.width))
+        if outcome.study.spec.confirm.seeds:
+            print_verdict(out, compare_study(database, outcome.study))
+    if not outcome.published:
+        again = f"momentum-tuner publish {name}{storage}{tracking_again()}"
+        out.print(f"MLflow does not show everything yet; bring it up to date with: {again}", soft_wrap=True)
+    if progress.phase != "done":
+        again = f"momentum-tuner resume {name}{storage}"
+        out.print(f"Stopped at {progress.done} of {progress.tickets} trials. Go on with: {again}", soft_wrap=True)
+        return
+    lines = {"Paste into your script:": f"momentum-tuner best {name} --format torch{storage}"}
+    if outcome.study.spec.confirm.seeds:
+        lines["How stable each is:"] = f"momentum-tuner compare {name}{storage}"
+    lines["All of it in one page:"] = f"momentum-tuner report {name}{storage}"
+    if tracking_uri is not None:
+        is_server = tracking_uri.startswith(("http://", "https://"))
+        lines["Browse every run:"] = redact(tracking_uri) if is_server else f"momentum-tuner ui{tracking_again()}"
+    lines["Everything is in:"] = database.shown
+    for what, where in lines.items():
+        out.print(f"{what:<24} {where}", markup=False, soft_wrap=True)

@@ -1,0 +1,213 @@
+"""The paired statistics of METRICS.md's verdict, as pure functions over NumPy arrays; SciPy resamples.
+
+Two contestants trained from the same seeds are compared by their differences, seed by seed. Speed is compared on logs:
+the mean difference of logs is the log of the geometric mean of the ratios.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 10_000
+"""Bootstrap resamples, and random sign flips where there are too many to go through all of them."""
+SEED = 0
+"""Fixes the resamples: the same results give the same interval, always."""
+SIGNIFICANCE = 0.05
+"""1 - the level of every interval."""
+POWER = 0.8
+"""How often seeds like these would show the smallest ratio that they are said to have been able to show."""
+LEAST_FOR_P = 6
+"""The fewest seeds whose sign flips can give a p below 5%: 2 of 2^6."""
+
+_ROUNDING = 1e-6  # relative difference in steps that float32 training leaves between equal trials
+_BATCH = 10_000_000  # numbers that are resampled at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SpeedRatio:
+    """How much sooner one contestant reaches the target than another.
+
+    Attributes:
+        ratio: geometric mean over seeds of the ratio of steps to target; below 1 the first is faster.
+        low: lower end of its 95% interval.
+        high: upper end.
+        p: of the sign-flip permutation test on the logs, not corrected for other pairs.
+        smallest: the ratio nearest to 1 that these seeds could have shown; None if they tell nothing of it.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    p: float
+    smallest: float | None
+
+
+def counted_steps(steps: Sequence[float | None], budget_steps: int) -> Array:
+    """Steps to target, `[seeds]`, where a miss (None) counts as twice the budget.
+
+    Steps are counted from 1, so a target that the untrained model reaches counts as 1.
+    """
+    return np.array([2.0 * budget_steps if s is None else max(s, 1.0) for s in steps], dtype=np.float64)
+
+
+def geometric_mean(values: Array) -> float:
+    """Of `[n]` positive values, at least one."""
+    return math.exp(float(np.log(values).mean()))
+
+
+def speed_ratio(a: Array, b: Array, budget_steps: tuple[int, int]) -> SpeedRatio:
+    """Compare two contestants' steps to target, seed by seed; a seed that both miss is a tie, whatever their budgets.
+
+    Args:
+        a: `[seeds]` of `counted_steps`, at least one.
+        b: the same seeds of the other contestant.
+        budget_steps: the budgets of the two; no ratio can be outside what they allow.
+    """
+    neither = (a >= 2.0 * budget_steps[0]) & (b >= 2.0 * budget_steps[1])
+    logs = np.log(a) - np.log(b)
+    logs[neither | (np.abs(logs) < _ROUNDING)] = 0.0
+    least, most = -math.log(2.0 * budget_steps[1]), math.log(2.0 * budget_steps[0])
+    interval = mean_interval(logs, least, most)
+    smallest = None if neither.all() else smallest_difference(logs)
+    return SpeedRatio(
+        ratio=math.exp(interval.value),
+        low=math.exp(interval.low),
+        high=math.exp(interval.high),
+        p=sign_flip_p(logs),
+        smallest=None if smallest is None else math.exp(max(-smallest, least)),
+    )
+
+
+def mean_interval(differences: Array, least: float, most: float) -> Interval:
+    """The mean of paired differences with its 95% bootstrap interval, made to hold with few seeds.
+
+    The plain percentile interval is too narrow: n seeds resampled spread by sqrt((n - 1)/n) less than they should, and
+    its quantiles are the normal's, not Student's. Both are made up for by stretching it around the mean by
+    sqrt(n/(n - 1)) t(n - 1)/z, as Hesterberg (2015) does with the percentiles themselves. It keeps the bootstrap's
+    asymmetry. And where the sign-flip test, which is exact for an optimizer compared with itself, does not reject at
+    5%, the interval reaches to 0, so that the two never contradict each other; fewer than 6 seeds have no such test.
+
+    Coverage in 2,000 simulations each, and that of the plain percentile interval (23% of seeds miss on digits-mlp):
+
+    | seeds                                       | 5    | 10   | 20   | plain: 5 | 10   | 20   |
+    |---------------------------------------------|------|------|------|----------|------|------|
+    | normal differences                          | 0.95 | 0.95 | 0.95 | 0.85     | 0.91 | 0.93 |
+    | heavy tails (t with 3 degrees of freedom)   | 0.95 | 0.95 | 0.94 | 0.82     | 0.90 | 0.93 |
+    | skewed (exponential)                        | 0.89 | 0.90 | 0.93 | 0.77     | 0.86 | 0.89 |
+    | half of the seeds tie                       | 0.99 | 0.99 | 0.95 | 0.89     | 0.89 | 0.91 |
+    | momentum with itself on digits-mlp          | 0.97 | 0.95 | 0.95 | 0.82     | 0.88 | 0.93 |
+    | the same against itself made 1.3x slower    | 0.97 | 0.94 | 0.95 | 0.82     | 0.88 | 0.93 |
+
+    So an optimizer compared with itself differs from itself in at most 5% of comparisons. BCa intervals were no wider
+    than the plain ones where they were needed (0.79, 0.85 and 0.93 for momentum with itself); bootstrap-t is better
+    for skewed differences (0.92, 0.94, 0.94), but has no bound where seeds tie and 0.88 to 0.91 with 10% misses.
+    A contestant that nearly always misses is beyond any interval from 5 seeds, as those may all be misses (0.83).
+
+    Args:
+        differences: `[seeds]`, at least one.
+        least: the smallest difference that is possible; the interval does not pass it. It is all that one seed tells.
+        most: the largest.
+    """
+    from scipy import stats
+
+    n = len(differences)
+    value = float(differences.mean())
+    if n == 1:
+        return Interval(value, least, most)
+    if np.ptp(differences) == 0.0:
+        value = float(differences[0])  # the mean of equal numbers may be rounded
+        return Interval(value, value, value)
+    found = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, _BATCH // n),
+        confidence_level=1.0 - SIGNIFICANCE,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    quantiles = float(stats.t.isf(SIGNIFICANCE / 2, n - 1) / stats.norm.isf(SIGNIFICANCE / 2))
+    stretch = math.sqrt(n / (n - 1)) * quantiles
+    low = max(value - stretch * (value - float(found.low)), least)
+    high = min(value + stretch * (float(found.high) - value), most)
+    if n >= LEAST_FOR_P and not low <= 0.0 <= high and sign_flip_p(differences) > SIGNIFICANCE:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Interval(value, low, high)
+
+
+def sign_flip_p(differences: Array) -> float:
+    """Two-sided p of the paired permutation test: how often random signs give a mean as far from 0 as this.
+
+    All 2^n assignments of signs are gone through where they are no more than 10,000 (13 seeds), else 10,000 random
+    ones. It is exact if the differences are symmetric about 0, as those of an optimizer with itself are.
+
+    Args:
+        differences: `[seeds]`, at least one.
+    """
+    from scipy import stats
+
+    if len(differences) == 1:
+        return 1.0
+    found = stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=max(1, _BATCH // len(differences)),
+        rng=np.random.default_rng(SEED),
+    )
+    return float(found.pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for being several, by Holm's step-down method; SciPy has no such function.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none becomes smaller than one before it, or
+    larger than 1.
+    """
+    corrected = [0.0] * len(p)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def smallest_difference(differences: Array) -> float | None:
+    """The smallest true mean difference that seeds like these would show in 80% of repetitions.
+
+    It is (t(0.975) + t(0.8)) s / sqrt(n), with Student's quantiles for n - 1 degrees of freedom and the spread s of
+    the differences between seeds: the usual minimal detectable difference of a paired test at 5%. What lies beyond may
+    still be missed in one of five comparisons, and what lies below can be shown by luck.
+
+    Args:
+        differences: `[seeds]`.
+
+    Returns:
+        0 or more; None from fewer than two seeds, which have no spread.
+    """
+    from scipy import stats
+
+    n = len(differences)
+    if n < 2:
+        return None
+    if np.ptp(differences) == 0.0:
+        return 0.0
+    quantiles = stats.t.isf(SIGNIFICANCE / 2, n - 1) + stats.t.isf(1.0 - POWER, n - 1)
+    return float(quantiles * differences.std(ddof=1) / math.sqrt(n))

@@ -1,0 +1,109 @@
+"""Which hyperparameters matter, from Optuna's studies, and how sure that is."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from momentum_tuner.database import Database
+from momentum_tuner.search import open_storage, study_name
+from momentum_tuner.tickets import StudyRecord
+
+Direction = Literal["minimize", "maximize"]
+
+LEAST_TRIALS = 10
+"""With fewer values importance is chance."""
+_RESAMPLES = 40
+_INTERVAL = (0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each searched hyperparameter of a contestant matters.
+
+    Attributes:
+        optimizer: the contestant.
+        trials: how many have a value: complete and diverged ones.
+        shares: by hyperparameter, the most important first; they add up to 1. Empty where nothing can be said.
+        low: lower end of the interval from resampled trials.
+        high: upper end.
+        reason: why nothing can be said.
+    """
+
+    optimizer: str
+    trials: int
+    shares: Mapping[str, float] = field(default_factory=dict)
+    low: Mapping[str, float] = field(default_factory=dict)
+    high: Mapping[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def importances(database: Database, study: StudyRecord) -> list[Importance]:
+    """The importance of the hyperparameters of each contestant, with two aims for the first."""
+    storage = open_storage(database)
+    try:
+        known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
+        found = []
+        for optimizer in study.spec.contestants:
+            name = study_name(study.name, optimizer)
+            trials: list[FrozenTrial] = []
+            if name in known:
+                loaded = optuna.load_study(study_name=name, storage=storage)
+                trials = loaded.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            found.append(_importance(optimizer, trials, study.spec.objective.direction))
+        return found
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direction) -> Importance:
+    names = sorted({name for t in trials for name in t.params})
+    if len(trials) < LEAST_TRIALS:
+        return Importance(
+            optimizer, len(trials), reason=f"{len(trials)} trials with a value, fewer than {LEAST_TRIALS}"
+        )
+    if len(names) < 2:
+        return Importance(optimizer, len(trials), reason="only one hyperparameter is searched")
+    whole = _shares(trials, names, direction)
+    if whole is None:
+        return Importance(optimizer, len(trials), reason="its trials do not differ enough")
+    draws = random.Random(0)
+    again = [_shares(draws.choices(trials, k=len(trials)), names, direction) for _ in range(_RESAMPLES)]
+    spread = {name: sorted(shares[name] for shares in again if shares is not None) for name in names}
+    low, high = (
+        {name: values[round(q * (len(values) - 1))] for name, values in spread.items() if values} for q in _INTERVAL
+    )
+    return Importance(
+        optimizer,
+        len(trials),
+        shares=dict(sorted(whole.items(), key=lambda item: -item[1])),
+        low={name: min(share, low.get(name, share)) for name, share in whole.items()},
+        high={name: max(share, high.get(name, share)) for name, share in whole.items()},
+    )
+
+
+def _shares(trials: Sequence[FrozenTrial], names: Sequence[str], direction: Direction) -> dict[str, float] | None:
+    """PED-ANOVA's importance of each hyperparameter; None where trials do not differ."""
+    values = {t.values[0] for t in trials}
+    if len(values) < 2:
+        return None
+    study = optuna.create_study(direction=direction)
+    study.add_trials(
+        [optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=t.values[0]) for t in trials]
+    )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("error", UserWarning)  # its best tenth is all trials: then it would call all names equal
+        try:
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except UserWarning:
+            return None
+    return {name: float(found.get(name, 0.0)) for name in names}
