@@ -47,6 +47,10 @@ def submit(database, *args, folder=None, **sections):
     return submit_study(database, spec(*args, **sections), folder, lambda _: None)
 
 
+def never():
+    return False
+
+
 def of(database, study, batch_size=64, device="cpu", most=32):
     return Calibrations(database, study, batch_size, device, most)
 
@@ -117,20 +121,20 @@ def test_a_database_that_does_not_answer_only_costs_a_measurement(caplog, sqlite
     mine.write(KNOWN)
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 2 and "measured anew" in said[0] and "not kept" in said[1]
-    trainer = Pacing(gone, study, OPTIONS).make_trainer(quadratic(dim=4))
+    trainer = Pacing(gone, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     assert trainer.pace.calibration.seconds
 
 
 def test_a_worker_measures_once_and_the_next_takes_that(sqlite_database, monkeypatch):
     study = submit(sqlite_database)
-    first = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4))
+    first = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     found = rows(sqlite_database)
     assert ("sequential", 8) in found and ("fused", 4) in found
     assert max(width for _, width in found) <= 32 and first.width <= 32  # two workers share the device
     monkeypatch.setattr(pace, "calibrate", lambda *_: pytest.fail("it was measured again"))
-    second = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4))
+    second = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     assert (second.width, second.pace.calibration) == (first.width, first.pace.calibration)
-    fixed = Pacing(sqlite_database, study, replace(OPTIONS, slots=5)).make_trainer(quadratic(dim=4))
+    fixed = Pacing(sqlite_database, study, replace(OPTIONS, slots=5)).make_trainer(quadratic(dim=4), never)
     assert fixed.width == 5
 
 
@@ -142,7 +146,7 @@ def test_the_threads_that_are_fastest_are_set(sqlite_database, monkeypatch):
     mine = of(sqlite_database, study)
     mine.write(Calibration({Way("fused", 16, 2): 0.5, Way("fused", 16, 1): 0.4}))
     asked.clear()
-    Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4))
+    Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     assert asked == [1, 1]
 
 
@@ -168,7 +172,7 @@ def test_open_tickets_are_divided_among_the_workers_that_serve_the_study(databas
 def test_the_trainer_is_told_how_many_steps_are_left_now_and_then(sqlite_database, monkeypatch):
     study = submit(sqlite_database, trials=6, epochs=4)
     pacing = Pacing(sqlite_database, study, OPTIONS)
-    trainer = pacing.make_trainer(quadratic(dim=4, steps_per_epoch=5))
+    trainer = pacing.make_trainer(quadratic(dim=4, steps_per_epoch=5), never)
     told = []
 
     def consider(trial_steps):
@@ -191,6 +195,6 @@ def test_the_trainer_is_told_how_many_steps_are_left_now_and_then(sqlite_databas
 def test_compiling_is_as_the_options_say(sqlite_database, compiles, caplog):
     caplog.set_level(logging.INFO)
     options = replace(OPTIONS, compiles=compiles, slots=4)
-    trainer = Pacing(sqlite_database, submit(sqlite_database), options).make_trainer(quadratic(dim=4))
+    trainer = Pacing(sqlite_database, submit(sqlite_database), options).make_trainer(quadratic(dim=4), never)
     assert trainer.pace.considers == (compiles == "auto")
     assert trainer.objective.replay.compiles == ({"gradient"} if compiles == "on" else set())
