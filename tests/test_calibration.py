@@ -1,6 +1,7 @@
 """Which way of training is taken follows from what was measured, and a compilation from what it takes and gains."""
 
 import logging
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from momentum_tuner.tasks import digits_mlp, quadratic
 from momentum_tuner.trainer import Calibration, Trainer, TrialSettings, Way, calibration, compiling, pace, replay
 from momentum_tuner.trainer.calibration import COMPILED, FUSED, SEQUENTIAL, Stopwatch, calibrate
+from momentum_tuner.trainer.stack import Stack
 
 torch.set_num_threads(1)
 
@@ -63,18 +65,20 @@ class Clock:
     """Stands in for the stopwatch: seconds by way, and how long each measurement takes."""
 
     def __init__(self, monkeypatch, seconds, takes=0.0, most_memory=10**9):
-        self.asked, self.spent = [], 0.0
+        self.asked, self.measured = [], 0.0
         clock = self
 
         def measure(watch, way):
             clock.asked.append(way)
-            clock.spent += takes
+            clock.measured += takes
             if way.width > most_memory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return seconds(way)
 
         monkeypatch.setattr(Stopwatch, "seconds", measure)
-        monkeypatch.setattr(Stopwatch, "spent", property(lambda watch: clock.spent))
+        monkeypatch.setattr(
+            Stopwatch, "measured", property(lambda watch: clock.measured, lambda watch, value: None), raising=False
+        )
 
     @property
     def widths(self):
@@ -125,6 +129,30 @@ def test_a_real_measurement_is_of_whole_steps_and_leaves_everything_as_it_was():
     quick = Trainer(quadratic(), epochs=1, slots=1, mode="fused")
     seconds = calibrate(quick.objective, quick._timed_batch(), 16).seconds
     assert seconds[fused(16)] < seconds[fused(4)] < seconds[sequential()]
+
+
+def test_what_comes_before_a_step_and_other_processes_do_not_count_as_its_time(monkeypatch):
+    capture, gradient = replay.capture, Stack.gradient
+
+    def slowly(*args):
+        busy_until = time.thread_time() + 1.0
+        while time.thread_time() < busy_until:
+            pass
+        return capture(*args)
+
+    def interrupted(*args):
+        time.sleep(0.3)
+        return gradient(*args)
+
+    monkeypatch.setattr(replay, "capture", slowly)
+    monkeypatch.setattr(Stack, "gradient", interrupted)
+    monkeypatch.setattr(calibration, "LEAST_STEPS", 1)
+    monkeypatch.setattr(calibration, "WINDOW_SECONDS", 0.0)
+    trainer = Trainer(TASK, epochs=1, slots=1)
+    watch = Stopwatch(trainer.objective, trainer._timed_batch())
+    seconds = watch.seconds(fused(1))
+    assert watch.spent > 1.0
+    assert 0.0 < seconds == watch.measured < 0.3
 
 
 def test_a_trainer_takes_what_is_known_and_measures_nothing(monkeypatch, caplog):
