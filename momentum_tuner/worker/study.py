@@ -131,7 +131,8 @@ class StudyWorker:
             self._show_width()
             self._note_trials()
             self._record()
-            self._judge()
+            with self.search.batch():
+                self._judge()
             self._finish()
             self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
@@ -255,13 +256,14 @@ class StudyWorker:
 
     def _prepare(self) -> None:
         """Ask Optuna for the settings of claimed tickets, find where their trials go on, and admit them."""
-        for held in self._in(Stage.CLAIMED):
-            if held.claim.trial_id is None or held.claim.settings is None:
-                try:
-                    self._ask(held)
-                except TrialLostError as error:
-                    logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
-                    self._forget([held])
+        with self.search.batch():
+            for held in self._in(Stage.CLAIMED):
+                if held.claim.trial_id is None or held.claim.settings is None:
+                    try:
+                        self._ask(held)
+                    except TrialLostError as error:
+                        logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
+                        self._forget([held])
         claimed = self._in(Stage.CLAIMED)
         going_on = [h for h in claimed if h.claim.generation > 1 and not h.recorded]
         if going_on:

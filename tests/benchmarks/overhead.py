@@ -142,7 +142,7 @@ class Bench:
         self.seconds = {}
         with self.timed("claim"):
             held = self._claim(slots)
-        with self.timed("ask"):
+        with self.timed("ask"), self.search.batch():
             for i, one in enumerate(held):
                 asked = self.search.ask(one.place, one.ticket_id, one.fixed)
                 held[i] = with_trial(one, asked.trial_id, asked.number, asked.settings)
@@ -188,7 +188,7 @@ class Bench:
             with self.timed("record"):
                 record_epochs(self.database, records)
             if epoch in self.rungs:
-                with self.timed("report"):
+                with self.timed("report"), self.search.batch():
                     for one, record in records:
                         assert one.trial_id is not None and record.valid_loss is not None
                         self.search.report(one.place, one.trial_id, epoch, record.valid_loss)
