@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages._cached_storage import _CachedStorage
-from optuna.trial import FrozenTrial
 
 
 class TrialCache(_CachedStorage):
@@ -42,36 +42,39 @@ class TrialCache(_CachedStorage):
         if self._read is not None:
             self._read.add(study_id)
 
-    def _known(self, trial_id: int) -> FrozenTrial | None:
-        """The cached trial, if it is kept in this batch."""
+    def _keep(self, trial_id: int, section: str, name: Any, value: Any) -> None:
+        """Add what was written to the cached trial, if it is kept in this batch.
+
+        It becomes another object: who was given the trial before goes on with what it was, as from the database.
+        """
         if not self._read or trial_id not in self._trial_id_to_study_id_and_number:
-            return None
+            return
         study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        return self._studies[study_id].trials.get(number) if study_id in self._read else None
+        trials = self._studies[study_id].trials
+        if study_id in self._read and number in trials:
+            changed = copy.copy(trials[number])
+            setattr(changed, section, {**getattr(changed, section), name: value})
+            trials[number] = changed
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
         """Write it, and keep what was written."""
         super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        if (known := self._known(trial_id)) is not None:
-            known.distributions[param_name] = distribution
-            known.params[param_name] = distribution.to_external_repr(param_value_internal)
+        self._keep(trial_id, "distributions", param_name, distribution)
+        self._keep(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Write it, and keep what was written."""
         super().set_trial_intermediate_value(trial_id, step, intermediate_value)
-        if (known := self._known(trial_id)) is not None:
-            known.intermediate_values[step] = intermediate_value
+        self._keep(trial_id, "intermediate_values", step, intermediate_value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Write it, and keep what was written."""
         super().set_trial_system_attr(trial_id, key, value)
-        if (known := self._known(trial_id)) is not None:
-            known.system_attrs[key] = value
+        self._keep(trial_id, "system_attrs", key, value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Write it, and keep what was written."""
         super().set_trial_user_attr(trial_id, key, value)
-        if (known := self._known(trial_id)) is not None:
-            known.user_attrs[key] = value
+        self._keep(trial_id, "user_attrs", key, value)

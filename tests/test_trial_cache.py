@@ -80,7 +80,11 @@ def test_a_batch_reads_the_trials_of_others_once_and_the_next_batch_sees_what_th
     other = Search(search._database, spec, worker_seed=1)
     reads = []
     read = optuna.storages.RDBStorage._get_trials
-    monkeypatch.setattr(optuna.storages.RDBStorage, "_get_trials", lambda *args: reads.append(args) or read(*args))
+    monkeypatch.setattr(
+        optuna.storages.RDBStorage,
+        "_get_trials",
+        lambda *args, **options: reads.append(options) or read(*args, **options),
+    )
     first = search.ask("momentum", 1)
     reads.clear()
 
