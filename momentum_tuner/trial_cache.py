@@ -10,13 +10,14 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.trial import FrozenTrial
 
 
 class TrialCache(_CachedStorage):
     """Optuna's cache of finished trials, which within a batch keeps those that run too.
 
     Whoever asks for a trial or prunes one wants all trials of its study, and those that run are read from the database
-    each time: for a batch of trials that grows with its square. One trial by itself is always read.
+    each time: for a batch of trials that grows with its square.
 
     Args:
         backend: the storage.
@@ -47,14 +48,29 @@ class TrialCache(_CachedStorage):
 
         It becomes another object: who was given the trial before goes on with what it was, as from the database.
         """
-        if not self._read or trial_id not in self._trial_id_to_study_id_and_number:
-            return
-        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        trials = self._studies[study_id].trials
-        if study_id in self._read and number in trials:
-            changed = copy.copy(trials[number])
+        known = self._known(trial_id)
+        if known is not None:
+            changed = copy.copy(known)
             setattr(changed, section, {**getattr(changed, section), name: value})
-            trials[number] = changed
+            self._studies[self._trial_id_to_study_id_and_number[trial_id][0]].trials[known.number] = changed
+
+    def _known(self, trial_id: int) -> FrozenTrial | None:
+        """The cached trial, if it is kept in this batch."""
+        if not self._read or trial_id not in self._trial_id_to_study_id_and_number:
+            return None
+        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
+        return self._studies[study_id].trials.get(number) if study_id in self._read else None
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """The trial; in a batch as it is kept. That others have finished it meanwhile, the next write finds out."""
+        known = self._known(trial_id)
+        return super().get_trial(trial_id) if known is None else known
+
+    def get_trial_number_from_id(self, trial_id: int) -> int:
+        """Its number, which never changes."""
+        if trial_id in self._trial_id_to_study_id_and_number:
+            return self._trial_id_to_study_id_and_number[trial_id][1]
+        return super().get_trial_number_from_id(trial_id)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
