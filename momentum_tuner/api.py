@@ -182,6 +182,7 @@ def run(
     workers: int | Literal["auto"] = "auto",
     device: str = "auto",
     slots: int | Literal["auto"] = "auto",
+    compiles: Literal["auto", "on", "off"] = "auto",
     trust: Sequence[str] = (),
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
@@ -203,6 +204,7 @@ def run(
         workers: how many.
         device: `auto`, `cpu`, `cuda` or `cuda:0,1`.
         slots: trials that one worker trains at once.
+        compiles: whether workers compile the training step; `auto`: once that repays.
         trust: further packages and task files that workers may import; the study's own task is trusted.
         engine: workers are processes of this machine, or actors on a Ray cluster.
         ray_address: the cluster to join.
@@ -220,7 +222,17 @@ def run(
     database = Database(_storage(storage))
     trusted = (*trust, *own_trust(spec, folder))
     place = _workplace(
-        database, tracking_uri, checkpoints, workers, device, slots, trusted, engine, ray_address, gpus_per_worker
+        database,
+        tracking_uri,
+        checkpoints,
+        workers,
+        device,
+        slots,
+        compiles,
+        trusted,
+        engine,
+        ray_address,
+        gpus_per_worker,
     )
     return _work(database, spec.name, place, lambda: put_study(database, spec, folder, place.trust), progress)
 
@@ -234,6 +246,7 @@ def resume(
     workers: int | Literal["auto"] = "auto",
     device: str = "auto",
     slots: int | Literal["auto"] = "auto",
+    compiles: Literal["auto", "on", "off"] = "auto",
     trust: Sequence[str] = (),
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
@@ -250,6 +263,7 @@ def resume(
         workers: how many.
         device: `auto`, `cpu`, `cuda` or `cuda:0,1`.
         slots: trials that one worker trains at once.
+        compiles: whether workers compile the training step; `auto`: once that repays.
         trust: packages and task files that workers may import: the study's task, if it is not built in.
         engine: workers are processes of this machine, or actors on a Ray cluster.
         ray_address: the cluster to join.
@@ -259,7 +273,17 @@ def resume(
     _not_while_loading("resume")
     database = options.open_database(_storage(storage))
     place = _workplace(
-        database, tracking_uri, checkpoints, workers, device, slots, trust, engine, ray_address, gpus_per_worker
+        database,
+        tracking_uri,
+        checkpoints,
+        workers,
+        device,
+        slots,
+        compiles,
+        trust,
+        engine,
+        ray_address,
+        gpus_per_worker,
     )
     study = join_study(database, name, place.trust)
     return _work(database, name, place, lambda: study, progress)
@@ -345,6 +369,7 @@ def _workplace(
     workers: int | str,
     device: str,
     slots: int | str,
+    compiles: str,
     trust: Sequence[str],
     engine: str,
     ray_address: str | None,
@@ -360,6 +385,7 @@ def _workplace(
         workers=str(workers),
         device=device,
         slots=options.parse_slots(str(slots)),
+        compiles=options.parse_compiles(compiles),
         trust=options.parse_trust(trust),
         engine=engine,
         ray_address=ray_address,

@@ -14,7 +14,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from momentum_tuner.faults import crash_point
 from momentum_tuner.simplex import SimplexSampler
 from momentum_tuner.space import distributions, grid, settings
 from momentum_tuner.spec import StudySpec
+from momentum_tuner.trial_cache import TrialCache
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -73,10 +74,14 @@ class Search:
         self._studies: dict[str, optuna.Study] = {}
         with self._reaching():
             self._backend = open_storage(database)
-            self._storage = optuna.storages.get_storage(self._backend)  # finished trials are kept in memory
+            self._storage = TrialCache(self._backend)
             for optimizer in spec.optimizers:
                 self._study(optimizer)
         self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.contestants}
+
+    def batch(self) -> AbstractContextManager[None]:
+        """For what is asked, reported and pruned meanwhile the trials of others are read once."""
+        return self._storage.batch()
 
     def ask(self, place: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
         """A new trial for a ticket.

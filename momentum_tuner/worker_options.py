@@ -17,7 +17,8 @@ class WorkerOptions:
     Attributes:
         studies: names of the studies to serve; empty: every open study.
         device: `cpu`, `cuda:1`, ...
-        slots: trials at once, None for the trainer's choice.
+        slots: trials at once, None for the fastest by measurement.
+        compiles: whether the training step is compiled: `on`, `off`, or `auto`, once that repays.
         sharing: how many workers share the device; a worker that chooses its slots takes its part.
         threads: CPU threads, None for torch's choice.
         trust: packages and task files that may be imported.
@@ -32,6 +33,7 @@ class WorkerOptions:
     studies: tuple[str, ...] = ()
     device: str = "cpu"
     slots: int | None = None
+    compiles: str = "auto"
     sharing: int = 1
     threads: int | None = None
     trust: tuple[str, ...] = ()

@@ -213,6 +213,7 @@ def test_a_script_without_a_guard_is_told_to_have_one_and_nothing_has_changed(fo
     ("arguments", "message"),
     [
         ({"workers": 0}, "--workers '0': write a number above 0, or auto"),
+        ({"compiles": "fast"}, "--compile 'fast': write auto, on or off"),
         ({"slots": "many"}, "--slots 'many': write a number above 0, or auto"),
         ({"engine": "dask"}, "engine 'dask': write local or ray"),
         ({"device": "tpu"}, "write auto, cpu, cuda"),

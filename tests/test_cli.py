@@ -89,6 +89,7 @@ MISTAKES = {
     "unknown device": (["run", "study.yaml", "--device", "tpu"], STUDY, "write auto, cpu, cuda"),
     "no worker": (["run", "study.yaml", "--workers", "0"], STUDY, "--workers"),
     "no slots": (["run", "study.yaml", "--slots", "many"], STUDY, "--slots"),
+    "half compiled": (["run", "study.yaml", "--compile", "half"], STUDY, "--compile"),
     "file store": (["run", "study.yaml", "--tracking-uri", "./mlruns"], STUDY, "--tracking-uri"),
     "no database yet": (["status"], None, "there is no database"),
     "nothing to resume": (["resume", "small"], None, "there is no database"),
@@ -149,13 +150,17 @@ def test_a_task_that_fails_in_training_is_reported_and_the_study_ends(run, tmp_p
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from momentum_tuner import Task\n"
+        "class Batches:\n"
+        "    taken = 0\n"
+        "    def __len__(self): return 5\n"
+        "    def __iter__(self):\n"
+        "        for _ in range(5):\n"
+        "            self.taken += 1\n"
+        "            if self.taken > 8: raise ValueError('the data ran out')\n"
+        "            yield torch.ones(2, 1)\n"
         "def build():\n"
-        "    calls = [0]\n"
-        "    def loss(model, batch):\n"
-        "        calls[0] += 1\n"
-        "        if calls[0] > 20: raise ValueError('the data ran out')\n"
-        "        return model.weight.square().sum()\n"
-        "    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, steps_per_epoch=5)\n"
+        "    def loss(model, batch): return model(batch).square().mean()\n"
+        "    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, train=Batches(), valid=[torch.ones(2, 1)])\n"
     )
     (tmp_path / "study.yaml").write_text(
         broken(STUDY, 'quadratic", params: {dim: 4, kappa: 10}', 'build"').replace(

@@ -21,6 +21,7 @@ from momentum_tuner.tasks import (
     digits_cnn,
     digits_mlp,
     digits_rnn,
+    digits_transformer,
     double_well,
     quadratic,
     rosenbrock,
@@ -474,6 +475,10 @@ def test_the_digits_are_loaded_once():
         (digits_rnn(hidden=6), 6 * (8 + 6 + 2) + 6 * 10 + 10),
         (digits_rnn(cell="lstm", hidden=6), 4 * 6 * (8 + 6 + 2) + 6 * 10 + 10),
         (digits_rnn(cell="gru", hidden=6), 3 * 6 * (8 + 6 + 2) + 6 * 10 + 10),
+        (
+            digits_transformer(width=6, heads=3, layers=2),
+            (8 * 6 + 6) + 8 * 6 + 2 * (4 * (6 * 6 + 6) + 2 * 6 * 12 + 12 + 6 + 4 * 6) + 6 * 10 + 10,
+        ),
     ],
 )
 def test_a_digits_model_has_the_size_that_its_options_say_and_ten_outputs(task, parameters):
@@ -504,6 +509,16 @@ def test_the_recurrent_networks_read_the_rows_in_order():
     torch.testing.assert_close(model(image), model.head(hidden))
 
 
+def test_the_transformer_drops_units_in_training_only_and_tells_rows_apart():
+    torch.manual_seed(0)
+    model = digits_transformer(dropout=0.5).model()
+    image = torch.rand(1, 8, 8)
+    assert not torch.equal(model(image), model(image))
+    model.eval()
+    assert torch.equal(model(image), model(image))
+    assert not torch.allclose(model(image), model(image.flip(1)), atol=1e-4)
+
+
 class _Loss(nn.Module):
     def __init__(self, task):
         super().__init__()
@@ -524,11 +539,12 @@ class _Loss(nn.Module):
         digits_rnn(),
         digits_rnn(cell="lstm"),
         digits_rnn(cell="gru"),
+        digits_transformer(),
         quadratic(start="random"),
         rosenbrock(jitter=0.1),
         double_well(jitter=0.1),
     ],
-    ids=["mlp", "cnn", "batch-norm", "rnn", "lstm", "gru", "quadratic", "rosenbrock", "double-well"],
+    ids=["mlp", "cnn", "batch-norm", "rnn", "lstm", "gru", "transformer", "quadratic", "rosenbrock", "double-well"],
 )
 def test_a_stacked_model_gives_the_solo_gradient_and_buffers(task):
     models = []
@@ -575,6 +591,8 @@ def test_a_stacked_model_gives_the_solo_gradient_and_buffers(task):
         (digits_mlp, dict(layers=True), "layers: Input should be a valid integer, not True"),
         (digits_cnn, dict(batch_norm="yes"), "batch_norm: Input should be a valid boolean, not 'yes'"),
         (digits_rnn, dict(cell="mamba"), "cell: Input should be 'rnn', 'lstm' or 'gru', not 'mamba'"),
+        (digits_transformer, dict(heads=5), "heads: must divide width (32), not 5"),
+        (digits_transformer, dict(dropout=1.0), "dropout: Input should be less than 1, not 1.0"),
         (digits_rnn, dict(cell="x", hidden=0), "not 'x'; hidden: Input should be greater than or equal to 1, not 0"),
     ],
 )
@@ -591,7 +609,8 @@ def test_an_integer_is_a_fine_float():
 
 def test_the_package_exports_the_task_and_every_built_in():
     assert momentum_tuner.Task is Task
-    assert {"digits_mlp", "digits_cnn", "digits_rnn", "quadratic", "rosenbrock", "double_well"} == set(BUILT_IN)
+    digits = {"digits_mlp", "digits_cnn", "digits_rnn", "digits_transformer"}
+    assert digits | {"quadratic", "rosenbrock", "double_well"} == set(BUILT_IN)
     assert all(callable(getattr(tasks, name)) for name in BUILT_IN)
     assert set(tasks.__all__) <= set(dir(tasks))
     assert all(getattr(tasks, name) is not None for name in tasks.__all__)

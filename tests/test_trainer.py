@@ -500,7 +500,7 @@ def test_a_model_that_vmap_cannot_batch_trains_one_at_a_time_and_the_log_says_wh
 def test_a_model_that_vmap_batches_says_nothing(caplog):
     caplog.set_level(logging.INFO, "momentum_tuner.trainer")
     trainer = Trainer(make_task(), epochs=1)
-    assert trainer.objective.batch_slots and trainer.objective.reason is None and trainer.width == 64
+    assert trainer.objective.batch_slots and trainer.objective.reason is None and trainer.width in (4, 8, 16, 32, 64)
     assert caplog.records == []
 
 

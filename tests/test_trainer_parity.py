@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from momentum_tuner.tasks import digits_cnn, digits_mlp, digits_rnn
-from momentum_tuner.trainer import ScheduleSettings, Trainer, TrialSettings, slots
+from momentum_tuner.trainer import ScheduleSettings, Trainer, TrialSettings, replay, slots
 from momentum_tuner.trainer.randomness import mix_seed
 
 torch.set_num_threads(1)
@@ -47,8 +47,12 @@ def precision(request):
     return request.param
 
 
-@pytest.fixture(params=["fused", "sequential"])
-def mode(request):
+@pytest.fixture(params=["fused", "sequential", "replayed"])
+def mode(request, monkeypatch):
+    """How slots train; `replayed` is fused, from the graph of a step."""
+    if request.param == "replayed":
+        monkeypatch.setattr(replay, "PATIENCE", 0)
+        return "fused"
     return request.param
 
 

@@ -21,6 +21,7 @@ Command = Callable[..., Any]
 STORAGE_VARIABLE, DEFAULT_STORAGE = "MOMENTUM_TUNER_STORAGE", "sqlite:///momentum_tuner.db"
 TRACKING_VARIABLE, DEFAULT_TRACKING = "MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"
 CHECKPOINTS_VARIABLE = "MOMENTUM_TUNER_CHECKPOINTS"
+COMPILES = ("auto", "on", "off")
 
 name_argument = click.argument("name", shell_complete=complete_study)
 names_argument = click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_study)
@@ -74,6 +75,15 @@ def worker_options(command: Command) -> Command:
             default="auto",
             show_default=True,
             help="Trials that one worker trains at once.",
+        ),
+        click.option(
+            "--compile",
+            "compiles",
+            type=click.Choice(COMPILES),
+            default="auto",
+            show_default=True,
+            help="Whether workers compile the training step; auto does so once what is left to train repays the minute "
+            "or so that it takes.",
         ),
         click.option(
             "--device",
@@ -149,6 +159,17 @@ def parse_slots(slots: str) -> int | None:
     if slots.isdecimal() and int(slots) > 0:
         return int(slots)
     raise InputError(f"--slots {slots!r}: write a number above 0, or auto")
+
+
+def parse_compiles(compiles: str) -> str:
+    """`--compile`: auto, on or off.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if compiles not in COMPILES:
+        raise InputError(f"--compile {compiles!r}: write auto, on or off")
+    return compiles
 
 
 def parse_trust(trust: Sequence[str]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class WorkerArguments:
     ray_address: str | None
     gpus_per_worker: float | None
     slots: str
+    compiles: str
     trust: tuple[str, ...]
     verbose: bool
 
@@ -55,6 +56,7 @@ class WorkerArguments:
             workers=self.workers,
             device=self.device,
             slots=parse_slots(self.slots),
+            compiles=self.compiles,
             trust=(*parse_trust(self.trust), *trusted),
             engine=self.engine,
             ray_address=self.ray_address,

@@ -54,6 +54,7 @@ class Workplace:
         workers: `auto` or a number above 0.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `cuda:0,2`.
         slots: trials that one worker trains at once; None for its choice.
+        compiles: whether the training step is compiled: `on`, `off`, or `auto`, once that repays.
         trust: packages, and task files by their absolute paths, that may be imported.
         engine: `local` or `ray`.
         ray_address: of the Ray cluster; None for a Ray of our own.
@@ -66,6 +67,7 @@ class Workplace:
     workers: str = "auto"
     device: str = "auto"
     slots: int | None = None
+    compiles: str = "auto"
     trust: tuple[str, ...] = ()
     engine: str = "local"
     ray_address: str | None = None
@@ -187,6 +189,7 @@ def make_workers(
     options = WorkerOptions(
         studies=tuple(names),
         slots=place.slots,
+        compiles=place.compiles,
         trust=place.trust,
         forever=forever,
         ordinal=ordinal,

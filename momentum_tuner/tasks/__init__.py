@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from momentum_tuner.tasks.adapters import from_huggingface, from_lightning
     from momentum_tuner.tasks.content import describe_data
-    from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn
+    from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn, digits_transformer
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
     from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
     from momentum_tuner.tasks.loop import Loop, LoopContext
@@ -31,6 +31,7 @@ __all__ = [
     "digits_cnn",
     "digits_mlp",
     "digits_rnn",
+    "digits_transformer",
     "double_well",
     "from_huggingface",
     "from_lightning",
@@ -49,6 +50,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "digits_mlp": "momentum_tuner.tasks.digits:digits_mlp",
         "digits_cnn": "momentum_tuner.tasks.digits:digits_cnn",
         "digits_rnn": "momentum_tuner.tasks.digits:digits_rnn",
+        "digits_transformer": "momentum_tuner.tasks.digits:digits_transformer",
     }
 )
 """The built-in tasks by name, `momentum_tuner.tasks:<name>` in a study file, and where each is defined."""

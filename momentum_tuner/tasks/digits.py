@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks.task import Task, checked
 
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 _CLASSES = 10
 _PIXELS = 8  # along each side
@@ -97,6 +99,23 @@ class _RowReader(nn.Module):
         return logits
 
 
+class _RowAttender(nn.Module):
+    """Attends to the rows of an image, each a token, and classifies it by the mean over them."""
+
+    def __init__(self, width: int, heads: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Linear(_PIXELS, width)
+        self.places = nn.Parameter(0.02 * torch.randn(_PIXELS, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, _CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.encoder(self.embed(images) + self.places)  # [batch, rows, width]
+        logits: Tensor = self.head(tokens.mean(dim=1))
+        return logits
+
+
 @checked
 def digits_mlp(hidden: Count = 64, layers: Count = 2) -> Task:
     """Digits by a multilayer perceptron, 64-hidden-...-hidden-10 with ReLU.
@@ -148,3 +167,24 @@ def digits_rnn(cell: Literal["rnn", "lstm", "gru"] = "rnn", hidden: Count = 32) 
         TaskError: an option is not allowed.
     """
     return _task(_RowReader, cell, hidden)
+
+
+@checked
+def digits_transformer(width: Count = 32, heads: Count = 4, layers: Count = 2, dropout: Share = 0.0) -> Task:
+    """Digits read as sequences of 8 rows of 8 pixels by a Transformer encoder, whose mean output is classified.
+
+    Args:
+        width: features of a token; the layers within are twice as wide.
+        heads: of the attention; a divisor of `width`.
+        layers: of the encoder.
+        dropout: share of the units that each layer drops in training.
+
+    Returns:
+        the task, with data, loss and metric as in `digits_mlp`.
+
+    Raises:
+        TaskError: an option is not allowed.
+    """
+    if width % heads:
+        raise TaskError(f"heads: must divide width ({width}), not {heads}")
+    return _task(_RowAttender, width, heads, layers, dropout)

@@ -276,6 +276,14 @@ def noted_trials(database: Database, study_id: int) -> dict[int, tuple[int | Non
         return {ticket_id: (trial_id, state == "done") for ticket_id, trial_id, state in rows}
 
 
+def open_tickets_per_worker(database: Database, study_id: int) -> float:
+    """A study's open tickets, divided by the workers that serve it."""
+    with database.read() as session:
+        tickets = sa.select(sa.func.count()).where(Ticket.study_id == study_id, Ticket.state == "open")
+        workers = sa.select(sa.func.count()).where(Worker.study_id == study_id, Worker.state != "stopped")
+        return (session.scalar(tickets) or 0) / max(1, session.scalar(workers) or 0)
+
+
 def epoch_record(row: Epoch) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})

@@ -1,13 +1,16 @@
 """Slots: admit, run an epoch, release, export and import one slot's state."""
 
+from momentum_tuner.trainer.calibration import Calibration, Way
 from momentum_tuner.trainer.loop import LoopTrainer, trainer_of
 from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
 from momentum_tuner.trainer.patience import AbandonedError
 from momentum_tuner.trainer.state import SlotState, TrialSettings
-from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
+from momentum_tuner.trainer.trainer import FUSED_WIDTH, ScheduleSettings, Trainer
 
 __all__ = [
+    "FUSED_WIDTH",
     "AbandonedError",
+    "Calibration",
     "LoopTrainer",
     "ScheduleSettings",
     "SlotState",
@@ -15,6 +18,7 @@ __all__ = [
     "Trainer",
     "TrialSettings",
     "UnfinishedStepError",
+    "Way",
     "is_out_of_memory",
     "trainer_of",
 ]

@@ -7,6 +7,9 @@ forward pass, and the position: the same trial drops the same units in any batch
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,10 +38,22 @@ def step_keys(seeds: list[tuple[int, int]], steps: int) -> NDArray[np.int64]:
 
 
 class _Calls:
-    """Counts the dropout calls of one forward pass."""
+    """Counts the dropout calls of one forward pass, and makes those that no layer of their own stands for."""
 
     def __init__(self) -> None:
         self.made = 0
+        self.key: Tensor | None = None
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout within another function, under the key of the step.
+
+        Raises:
+            RuntimeError: there is no key, as the model was not known to draw random numbers.
+        """
+        if self.key is None:
+            raise RuntimeError("it draws random numbers for a dropout that is no layer of its own")
+        self.made += 1
+        return _dropped(x, p, self.key, self.made, x.shape)
 
 
 class KeyedDropout(nn.Module):
@@ -63,16 +78,19 @@ class KeyedDropout(nn.Module):
         """`x` with each element (or channel) dropped with probability p, the rest scaled by 1/(1 - p)."""
         if not self.training or self.p == 0.0:
             return x
-        if self.p >= 1.0:
-            return torch.zeros_like(x)
-        call = self.calls.made
         self.calls.made += 1
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
-        count = int(np.prod(shape))
-        index = torch.arange(1, count + 1, device=x.device, dtype=torch.int64) * _signed(GOLDEN)
-        bits = _mix(_mix(self.key + _signed((call + 1) * SECOND)) + index)
-        keep = ((bits >> 11) & ((1 << 53) - 1)) >= int(self.p * (1 << 53))
-        return x * keep.view(shape).to(x.dtype) / (1.0 - self.p)
+        return _dropped(x, self.p, self.key, self.calls.made, shape)
+
+
+def _dropped(x: Tensor, p: float, key: Tensor, call: int, shape: Sequence[int]) -> Tensor:
+    """Dropout number `call` of a forward pass, with a mask of `shape`, which `x` broadcasts."""
+    if p >= 1.0:
+        return torch.zeros_like(x)
+    index = torch.arange(1, math.prod(shape) + 1, device=x.device, dtype=torch.int64) * _signed(GOLDEN)
+    bits = _mix(_mix(key + _signed(call * SECOND)) + index)
+    keep = ((bits >> 11) & ((1 << 53) - 1)) >= int(p * (1 << 53))
+    return x * keep.view(shape).to(x.dtype) / (1.0 - p)
 
 
 def key_dropout(model: nn.Module) -> tuple[list[str], _Calls]:

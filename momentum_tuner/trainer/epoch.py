@@ -65,7 +65,7 @@ class Epoch:
         self._cycle = torch.from_numpy(schedule.momentum_factor(at)).to(rows) if schedule.cycles_momentum else None
         self._counts = torch.from_numpy(at + 1.0).to(rows)
         self._keys = None
-        if stack.objective.keys or not stack.objective.batch_slots:
+        if stack.objective.draws or not stack.objective.batch_slots:
             self._keys = torch.from_numpy(step_keys(self._orders, source.steps)).to(rows.device)
 
         # Of the slots, `[slots]`

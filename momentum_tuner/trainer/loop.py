@@ -19,12 +19,13 @@ from momentum_tuner.optim import make_schedule
 from momentum_tuner.tasks import Loop, LoopContext, Task
 from momentum_tuner.tasks.loop import ScheduleOf
 from momentum_tuner.tasks.task import described
+from momentum_tuner.trainer.calibration import Calibration
 from momentum_tuner.trainer.loop_measures import LoopMeasures, read_measures
 from momentum_tuner.trainer.memory import is_out_of_memory, within_memory
 from momentum_tuner.trainer.patience import AbandonedError, Patience
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 from momentum_tuner.trainer.state import SlotState, TrialSettings
-from momentum_tuner.trainer.trainer import ScheduleSettings, Trainer
+from momentum_tuner.trainer.trainer import FUSED_WIDTH, ScheduleSettings, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +332,10 @@ def trainer_of(
     precision: str,
     schedule: ScheduleSettings,
     stopping: Callable[[], bool],
+    most: int = FUSED_WIDTH,
+    compiles: str = "off",
+    batch_size: int = 64,
+    calibration: Calibration | None = None,
 ) -> Trainer | LoopTrainer:
     """The trainer of a task, or of a loop of the user's own.
 
@@ -338,7 +343,18 @@ def trainer_of(
         TaskError: the task cannot be trained, or the study asks for what a loop must see to itself.
     """
     if isinstance(task, Task):
-        return Trainer(task, epochs=epochs, slots=slots, device=device, precision=precision, schedule=schedule)
+        return Trainer(
+            task,
+            epochs=epochs,
+            slots=slots,
+            device=device,
+            precision=precision,
+            schedule=schedule,
+            most=most,
+            compiles=compiles,
+            batch_size=batch_size,
+            calibration=calibration,
+        )
     if precision != "auto":
         raise TaskError(f"precision: a Loop sees to its precision itself; leave {precision!r} out of the study file")
     return LoopTrainer(task, epochs=epochs, slots=slots, device=device, schedule=schedule, stopping=stopping)

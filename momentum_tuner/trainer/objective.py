@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,16 @@ from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
+from momentum_tuner.trainer.lowering import Lowering, draws_within
+from momentum_tuner.trainer.products import fast_products
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
+from momentum_tuner.trainer.replay import Replay, relative_difference
 from momentum_tuner.trainer.wrapper import Wrapper
 
+GRADIENT, EVALUATION = "gradient", "evaluation"
+"""The fused functions by name, as `Replay` knows them."""
 PARITY_TOLERANCE = 1e-2
 """Relative difference of a fused gradient from a solo one above which a model is not trusted to vmap."""
-
-_FUSED_LIBRARIES = ("mkldnn", "cudnn", "miopen")
-"""Libraries whose whole-layer operations vmap cannot batch, while torch's own in their place it can."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,11 @@ class Objective:
         self.validation = Validation(task, device, self._dtype)
         with RandomStream(0):
             model = self._build()
+        self._draws_within = draws_within(model)
         self.wrapper = Wrapper(model, task)
-        self.keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
+        self._keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
+        self._lowering = Lowering(self.wrapper.calls.drop)
+        self.replay = Replay(self.wrapper)
         self.layout = Layout.of(model)
         first = self._start(0)
         self.shared: dict[str, Tensor] = {}
@@ -69,16 +75,17 @@ class Objective:
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
         """Shape and dtype of the buffers that each slot has of its own."""
-        self._native = False
         self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
         self.reason: str | None = "asked for"
         if mode != "sequential":
             why = self._why_not_fused(probe)
-            if why is not None and any(library in why for library in _FUSED_LIBRARIES):
-                self._native = True
-                why = self._why_not_fused(probe)
             self.reason = why if mode == "auto" else None
         self.batch_slots = self.reason is None
+
+    @property
+    def draws(self) -> bool:
+        """Whether fused slots need keys, as the model draws random numbers."""
+        return bool(self._keys) or self._draws_within
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -112,11 +119,12 @@ class Objective:
             keys: `[slots]` int64, what the slots' random numbers follow from, or None if the model draws none.
             fused: all slots at once or one after the other, whatever `batch_slots` says.
         """
-        self.wrapper.train()
         if not (self.batch_slots if fused is None else fused) or batch.separate:
             return self._gradient_one_by_one(rows, buffers, batch, keys)
-        grads, (loss, after) = self._fused_gradient(rows, buffers, batch, keys)
-        for name, value in after.items():
+        arguments = (rows, True), (buffers, True), (batch.tensors, not batch.shared), (keys, True)
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+            grads, loss, *after = self.replay.call(GRADIENT, partial(self._fused_gradient, batch.shared), *arguments)
+        for name, value in zip(buffers, after, strict=True):
             if value is not buffers[name]:
                 buffers[name].copy_(value)
         return grads, loss
@@ -131,10 +139,11 @@ class Objective:
             part: its number in the validation set; a model that draws random numbers draws the same ones for it
                 every time.
         """
-        self.wrapper.eval()
-        if self.batch_slots:
-            return self._fused_evaluation(rows, buffers, data)
-        return self._evaluate_one_by_one(rows, buffers, data, part)
+        if not self.batch_slots:
+            return self._evaluate_one_by_one(rows, buffers, data, part)
+        arguments = (rows, True), (buffers, True), (data.tensors, False)
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+            return self.replay.call(EVALUATION, self._fused_evaluation, *arguments)[0]
 
     def smooth_loss(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, fused: bool) -> Tensor:
         """The training loss `[slots]` at `rows` on one batch that all slots share, to be differentiated twice.
@@ -151,14 +160,15 @@ class Objective:
         self.wrapper.calm()
 
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return self._call(row, own, data.tensors, None, rounded=False)[0]
+            return self._call(row, own, data.tensors, None, smooth=True)[0]
 
         def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            loss: Tensor = vjp(lambda row: one(row, own), row)[0]  # as in `_fused_evaluation`
+            # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
+            loss: Tensor = vjp(lambda row: one(row, own), row)[0]
             return loss
 
         # Neither the fast kernels of attention nor the libraries' recurrent layers have a second derivative.
-        with sdpa_kernel(SDPBackend.MATH), self._operations(self._native or self._recurrent), torch.enable_grad():
+        with sdpa_kernel(SDPBackend.MATH), self._without_libraries(), torch.enable_grad():
             if fused:
                 losses: Tensor = vmap(taken_apart, randomness="error")(rows, buffers)
                 return losses
@@ -207,16 +217,32 @@ class Objective:
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
-        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None, rounded: bool = True
+        self,
+        row: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Any,
+        key: Tensor | None,
+        lowered: bool = False,
+        smooth: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The wrapper's output, under autocast if that is asked for and `rounded`; the buffers as it left them."""
+        """The wrapper's output, and the buffers as the forward pass left them.
+
+        `lowered` is for vmap. `smooth` has torch's own operations, all of which can be differentiated twice, and no
+        autocast.
+        """
         state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
         state |= self.shared
         state |= buffers
+        self.wrapper.calls.key = key
         if key is not None:
-            state |= dict.fromkeys(self.keys, key)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast and rounded else nullcontext():
+            state |= dict.fromkeys(self._keys, key)
+        with ExitStack() as stack:
+            if (lowered or self._draws_within) and not smooth:
+                stack.enter_context(self._lowering)
+            if self.autocast and not smooth:
+                stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             out = functional_call(self.wrapper, state, (batch,))
+        self.wrapper.calls.key = None
         for name, value in self.shared.items():
             if state[name] is not value:
                 raise TaskError(_late_change(name))
@@ -225,22 +251,24 @@ class Objective:
     def _loss(
         self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        loss, after = self._call(row, buffers, batch, key)
+        loss, after = self._call(row, buffers, batch, key, lowered=True)
         return loss, (loss, after)
 
     def _fused_gradient(
-        self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        batched = None if batch.shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch.tensors)
+        self, shared: bool, rows: Tensor, buffers: dict[str, Tensor], batch: Any, keys: Tensor | None
+    ) -> list[Tensor]:
+        """Gradients `[slots, parameters]`, losses `[slots]`, and the buffers after the forward pass."""
+        self.wrapper.train()
+        batched = None if shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch)
         in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
-        with self._operations(self._native):
-            grads, (_, aux) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch.tensors, keys)
-        return grads, aux
+        grads, (_, (loss, after)) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch, keys)
+        return [grads, loss, *after.values()]
 
     def _gradient_one_by_one(
         self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        self.wrapper.train()
         grads = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
         seeds = [0] * len(rows) if keys is None else keys.tolist()
@@ -256,22 +284,17 @@ class Objective:
                     buffers[name][slot].copy_(value.detach())
         return grads, losses
 
-    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch) -> Tensor:
+    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Any) -> list[Tensor]:
+        self.wrapper.eval()
+
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            def forward(row: Tensor) -> Tensor:
-                with torch.no_grad():
-                    return self._call(row, own, data.tensors, None)[0]
+            return self._call(row, own, data, None, lowered=True)[0]
 
-            # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
-            out: Tensor = vjp(forward, row)[0]
-            return out
-
-        with self._operations(self._native), torch.no_grad():
-            fused: Tensor = vmap(one, randomness="error")(rows, buffers)
-        return fused
+        return [vmap(one, randomness="error")(rows, buffers)]
 
     @torch.no_grad()
     def _evaluate_one_by_one(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
+        self.wrapper.eval()
         found = []
         with RandomStream(0) as stream:
             for slot in range(len(rows)):
@@ -281,9 +304,9 @@ class Objective:
         return torch.stack(found)
 
     @contextmanager
-    def _operations(self, native: bool) -> Iterator[None]:
-        """Torch's own operations in place of oneDNN's and cuDNN's, if `native`."""
-        if not native:
+    def _without_libraries(self) -> Iterator[None]:
+        """Torch's own operations in place of oneDNN's and cuDNN's, for a model with recurrent layers."""
+        if not self._recurrent:
             yield
             return
         onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
@@ -299,7 +322,7 @@ class Objective:
         """None if vmap batches the model well and rightly, else the reason in one line."""
         starts = [self.start(seed) for seed in (0, 1)]
         rows = torch.stack([s.row for s in starts])
-        keys = torch.arange(2, dtype=torch.int64, device=self.device) if self.keys else None
+        keys = torch.arange(2, dtype=torch.int64, device=self.device) if self.draws else None
 
         def buffers() -> dict[str, Tensor]:
             return {n: torch.stack([s.buffers[n] for s in starts]) for n in starts[0].buffers}
@@ -308,10 +331,9 @@ class Objective:
             with RandomStream(0), vmap_warnings() as slow:
                 data = next(iter(self.validation)).batch
                 before = random.getstate(), str(np.random.get_state())
-                self.wrapper.train()
-                fused, (losses, _) = self._fused_gradient(rows, buffers(), probe, keys)
-                self.wrapper.eval()
-                evaluated = self._fused_evaluation(rows, buffers(), data)
+                fused, losses, *_ = self._fused_gradient(True, rows, buffers(), probe.tensors, keys)
+                with torch.no_grad():
+                    (evaluated,) = self._fused_evaluation(rows, buffers(), data.tensors)
                 if before != (random.getstate(), str(np.random.get_state())):
                     return "it draws from Python's or NumPy's random generator, which slots cannot share"
         except Exception as error:
@@ -319,9 +341,7 @@ class Objective:
             return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         if slow:
             return slow[0]
-        self.wrapper.train()
         solo, solo_losses = self._gradient_one_by_one(rows, buffers(), probe, keys)
-        self.wrapper.eval()
         solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
         for what, ours, theirs in (
             ("gradient", fused, solo),
@@ -333,15 +353,6 @@ class Objective:
             if difference > PARITY_TOLERANCE and not self.autocast:
                 return f"its fused {what} differs from the solo one by {difference:.1%}"
         return None
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm expected; infinite where only one of them is finite."""
-    finite = found.isfinite()
-    if not torch.equal(finite, expected.isfinite()):
-        return float("inf")
-    scale = expected[finite].norm().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((found[finite] - expected[finite]).norm() / scale)
 
 
 def _late_change(name: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from momentum_tuner.trainer.data import Batch, TrainingData, count_examples
 from momentum_tuner.trainer.lanczos import MOST_PRODUCTS, largest_eigenvalues
 from momentum_tuner.trainer.memory import first_line, free_memory, is_out_of_memory
-from momentum_tuner.trainer.objective import PARITY_TOLERANCE, Objective, relative_difference
+from momentum_tuner.trainer.objective import PARITY_TOLERANCE, Objective
+from momentum_tuner.trainer.replay import relative_difference
 from momentum_tuner.trainer.state import SlotState
 
 logger = logging.getLogger(__name__)

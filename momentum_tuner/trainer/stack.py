@@ -87,7 +87,7 @@ class Stack:
         return torch.tensor(values, dtype=self.rows.dtype, device=self.rows.device)
 
     def gradient(
-        self, batch: Batch, keys: Tensor | None, cycle: Tensor | None
+        self, batch: Batch, keys: Tensor | None, cycle: Tensor | None, fused: bool | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Gradient `[slots, parameters]`, loss `[slots]` and the buffers after the forward pass; changes nothing.
 
@@ -95,11 +95,12 @@ class Stack:
             batch: one minibatch for all slots, or one each.
             keys: `[slots]`, what the slots' random numbers follow from, or None.
             cycle: `[slots]`, the factor of momentum, or None.
+            fused: all slots at once or one after the other; None as the objective has it.
         """
         point = self.rows if not self._looking_ahead else self._ahead(cycle)
         # The forward pass writes to its buffers before anyone knows whether the step will succeed.
         buffers = {name: value.clone() for name, value in self.buffers.items()}
-        grads, loss = self.objective.gradient(point, buffers, batch, keys)
+        grads, loss = self.objective.gradient(point, buffers, batch, keys, fused)
         return grads, loss, buffers
 
     def gradient_norms(self, grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,11 @@ from torch.utils.data import TensorDataset
 from momentum_tuner.metrics import EpochRecord, finite, stability_margin
 from momentum_tuner.optim import Schedule, make_schedule
 from momentum_tuner.tasks import Task
+from momentum_tuner.trainer.calibration import SEQUENTIAL_WIDTH, Calibration
 from momentum_tuner.trainer.data import Batch, Source, TrainingData
-from momentum_tuner.trainer.memory import free_memory, is_out_of_memory, within_memory
+from momentum_tuner.trainer.memory import within_memory
 from momentum_tuner.trainer.objective import Objective, data_dtype
+from momentum_tuner.trainer.pace import Pace
 from momentum_tuner.trainer.sharpness import Sharpness
 from momentum_tuner.trainer.slots import Member, Slot, SlotBatch, evaluate, named_metrics, on_cpu
 from momentum_tuner.trainer.state import SlotState, TrialSettings, check_state, new_state
@@ -26,11 +27,6 @@ from momentum_tuner.trainer.state import SlotState, TrialSettings, check_state, 
 logger = logging.getLogger(__name__)
 
 FUSED_WIDTH = 64
-SEQUENTIAL_WIDTH = 8
-ONE_BY_ONE_ADVANTAGE = 0.9
-"""One slot alone must be this much faster than its share of a fused batch, to be preferred."""
-_TIMED_BATCH = 64
-_TIMED_GRADIENTS = 4
 _REMEMBERED_SEEDS = 16
 _PROBE_EXAMPLES = 32  # as many as check_task takes
 
@@ -51,12 +47,16 @@ class Trainer:
     Args:
         task: what to train.
         epochs: the budget of each trial, over which schedules run.
-        slots: how many trials at once; None takes 64 fused or, where a short measurement finds that faster, 8 one at
-            a time.
+        slots: how many trials at once; None takes the fastest width, and one at a time where that is faster, by
+            measurement.
         device: where to train.
         precision: `auto`, `float32`, `float64` or `bfloat16` (autocast).
         schedule: of the learning rate, and of momentum for `one_cycle`.
         mode: `auto`, `fused` or `sequential` (one slot after the other).
+        most: the greatest width that the measurement may choose.
+        compiles: `on` compiles fused gradients at their first step; `auto` leaves it to `consider_compiling`; `off`.
+        batch_size: that most trials have, for the measurement.
+        calibration: what was measured before, to be taken instead of a new measurement.
     """
 
     whole_epochs = False
@@ -72,10 +72,15 @@ class Trainer:
         precision: str = "auto",
         schedule: ScheduleSettings | None = None,
         mode: str = "auto",
+        most: int = FUSED_WIDTH,
+        compiles: str = "off",
+        batch_size: int = 64,
+        calibration: Calibration | None = None,
     ) -> None:
         self.task = task
         self.epochs = epochs
         self.device = torch.device(device)
+        self._usual_batch_size = batch_size
         self._data = TrainingData(task, self.device, data_dtype(precision))
         self._schedule = schedule or ScheduleSettings()
         self.failed: list[Hashable] = []
@@ -91,11 +96,10 @@ class Trainer:
         self._optimum = None
         if task.optimum is not None:
             self._optimum = task.optimum.to(self.device, self.objective.layout.dtype)
-        self.width = slots or FUSED_WIDTH
-        if slots is None and self.objective.batch_slots and mode == "auto":
-            self._see_whether_fusing_pays()
-        if slots is None and not self.objective.batch_slots:
-            self.width = SEQUENTIAL_WIDTH
+        self.pace = Pace(self.objective, self._timed_batch, compiles, calibration)
+        if slots is None and mode == "auto":
+            slots = self.pace.choose(most)
+        self.width = slots or (most if self.objective.batch_slots else min(most, SEQUENTIAL_WIDTH))
         if self.objective.reason is not None and mode == "auto":
             logger.warning("the model trains one slot at a time: %s", self.objective.reason)
 
@@ -108,6 +112,16 @@ class Trainer:
     def free(self) -> int:
         """Slots that a new trial can take."""
         return self.width - len(self._slots)
+
+    def consider_compiling(self, trial_steps: float) -> None:
+        """Compile the fused gradient, if `compiles` is `auto` and what is left to train repays it.
+
+        It takes a minute or so, in which nothing is trained. What it took and gained is in `calibration` afterwards.
+
+        Args:
+            trial_steps: left to train in this trainer, about.
+        """
+        self.pace.consider_compiling(self.width, trial_steps)
 
     def slot_number(self, key: Hashable) -> int:
         """The number of the slot that a trial holds, from 0."""
@@ -346,35 +360,9 @@ class Trainer:
         self._starts.move_to_end(known)
         return self._starts[known]
 
-    def _see_whether_fusing_pays(self) -> None:
-        """Time a gradient of all slots at once against one slot alone; half the width where memory does not suffice."""
-        batch = next(iter(self._source(_TIMED_BATCH).epoch([(0, 1)])))
-        alone = self._seconds_per_slot(batch, 1, fused=False)
-        while True:
-            try:
-                fused = self._seconds_per_slot(batch, self.width, fused=True)
-                break
-            except Exception as error:
-                if self.width == 1 or not is_out_of_memory(error):
-                    raise
-            free_memory()
-            self.width //= 2
-        if alone < ONE_BY_ONE_ADVANTAGE * fused:
-            self.objective.train_one_by_one(f"{fused / alone:.1f} times as fast as {self.width} fused slots here")
-
-    def _seconds_per_slot(self, batch: Batch, slots: int, fused: bool) -> float:
-        """The shortest of a few gradients, divided by its slots."""
-        start = self.objective.start(0)
-        rows = start.row.expand(slots, -1).contiguous()
-        buffers = {name: value.expand(slots, *value.shape).contiguous() for name, value in start.buffers.items()}
-        keys = torch.zeros(slots, dtype=torch.int64, device=self.device) if self.objective.keys or not fused else None
-        times = []
-        for _ in range(_TIMED_GRADIENTS):
-            started = time.perf_counter()
-            _, loss = self.objective.gradient(rows, buffers, batch, keys, fused=fused)
-            loss.cpu()  # waits for the device
-            times.append(time.perf_counter() - started)
-        return min(times) / slots
+    def _timed_batch(self) -> Batch:
+        """A minibatch of the size that most trials have, shared by all slots."""
+        return next(iter(self._source(self._usual_batch_size).epoch([(0, 1)])))
 
     def _probe(self) -> Batch:
         """One small minibatch of the training data, shared by all slots."""

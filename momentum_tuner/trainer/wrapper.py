@@ -21,7 +21,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self.key_names, self._calls = key_dropout(model)
+        self.key_names, self.calls = key_dropout(model)
 
     def calm(self) -> None:
         """Train, but without what is random in it: dropout is off, while batch norm goes by the batch's statistics."""
@@ -33,7 +33,7 @@ class Wrapper(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """The loss, or in eval mode `[1 + metrics]`, the loss and the metrics."""
-        self._calls.made = 0
+        self.calls.made = 0
         if self.training:
             return self.task.loss(self.model, batch)
         with _called_once(self.model):

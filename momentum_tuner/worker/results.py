@@ -11,7 +11,15 @@ from momentum_tuner.metrics import EpochRecord, TrialMeasures
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Loop, Task
 from momentum_tuner.tickets import Claim, Result, TrialRecord
-from momentum_tuner.trainer import LoopTrainer, ScheduleSettings, Trainer, TrialSettings, trainer_of
+from momentum_tuner.trainer import (
+    FUSED_WIDTH,
+    Calibration,
+    LoopTrainer,
+    ScheduleSettings,
+    Trainer,
+    TrialSettings,
+    trainer_of,
+)
 
 
 def study_trainer(
@@ -21,6 +29,9 @@ def study_trainer(
     slots: int | None,
     device: str,
     stopping: Callable[[], bool] = lambda: False,
+    most: int = FUSED_WIDTH,
+    compiles: str = "off",
+    calibration: Calibration | None = None,
 ) -> Trainer | LoopTrainer:
     """The trainer of a study's trials.
 
@@ -30,6 +41,9 @@ def study_trainer(
         slots: trials at once, None for the trainer's choice.
         device: what to train on.
         stopping: whether the worker is to stop.
+        most: the most slots that the trainer chooses.
+        compiles: whether it compiles its step: on, off, or auto if that repays.
+        calibration: what was measured of the task before.
 
     Raises:
         TaskError: the task cannot be trained as the study asks for.
@@ -43,7 +57,19 @@ def study_trainer(
         precision=spec.precision,
         schedule=ScheduleSettings(schedule.name, schedule.options, schedule.warmup_epochs, schedule.warmup_start),
         stopping=stopping,
+        most=most,
+        compiles=compiles,
+        batch_size=usual_batch_size(spec),
+        calibration=calibration,
     )
+
+
+def usual_batch_size(spec: StudySpec) -> int:
+    """The batch size of a study's trials; one of those that it searches."""
+    setting = spec.hyperparameters(spec.optimizers[0])["batch_size"]
+    if isinstance(setting, int | float):
+        return int(setting)
+    return int(sorted(setting)[len(setting) // 2] if isinstance(setting, tuple) else setting.low)
 
 
 def trial_settings(trial: Claim | TrialRecord) -> TrialSettings:

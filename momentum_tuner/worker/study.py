@@ -34,7 +34,8 @@ from momentum_tuner.tickets import (
 from momentum_tuner.trainer import AbandonedError, SlotsOutOfMemoryError, SlotState
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
-from momentum_tuner.worker.results import failure, flat_measures, rung_value, study_trainer, trial_settings
+from momentum_tuner.worker.pacing import Pacing
+from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker_options import WorkerOptions
@@ -84,11 +85,8 @@ class StudyWorker:
         self.target = None if target == "auto" else Target(target, aim.metric, aim.maximize)
         for aim in self.spec.objective.aims:
             check_objective(aim.metric, task)
-        self.trainer = study_trainer(
-            self.spec, task, slots=options.slots, device=options.device, stopping=lambda: self.stop.asked
-        )
-        if options.slots is None:
-            self.trainer.width = max(1, self.trainer.width // options.sharing)
+        self.pacing = Pacing(database, study, options)
+        self.trainer = self.pacing.make_trainer(task, lambda: self.stop.asked)
         self.search = Search(database, self.spec, options.ordinal)
         self.saver = Saver(database, store, study, worker_id, options.checkpoint_seconds, options.grace_seconds)
         self.held: dict[int, Held] = {}
@@ -111,6 +109,8 @@ class StudyWorker:
         while not self.stop.asked:
             answered = self._synchronize()
             if self.trainer.keys and (answered or self._unwritten() < MOST_UNWRITTEN):
+                if answered:
+                    self.pacing.consider_compiling(self.trainer, self._epochs_left())
                 self._train()
             elif self.held:
                 time.sleep(POLL_SECONDS / 20)  # until the database answers, or a checkpoint is written
@@ -131,7 +131,8 @@ class StudyWorker:
             self._show_width()
             self._note_trials()
             self._record()
-            self._judge()
+            with self.search.batch():
+                self._judge()
             self._finish()
             self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
@@ -255,13 +256,14 @@ class StudyWorker:
 
     def _prepare(self) -> None:
         """Ask Optuna for the settings of claimed tickets, find where their trials go on, and admit them."""
-        for held in self._in(Stage.CLAIMED):
-            if held.claim.trial_id is None or held.claim.settings is None:
-                try:
-                    self._ask(held)
-                except TrialLostError as error:
-                    logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
-                    self._forget([held])
+        with self.search.batch():
+            for held in self._in(Stage.CLAIMED):
+                if held.claim.trial_id is None or held.claim.settings is None:
+                    try:
+                        self._ask(held)
+                    except TrialLostError as error:
+                        logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
+                        self._forget([held])
         claimed = self._in(Stage.CLAIMED)
         going_on = [h for h in claimed if h.claim.generation > 1 and not h.recorded]
         if going_on:
@@ -455,6 +457,11 @@ class StudyWorker:
 
     def _in(self, *stages: Stage) -> list[Held]:
         return [h for h in self.held.values() if h.stage in stages]
+
+    def _epochs_left(self) -> int:
+        """Epochs left to train of the trials that hold a slot."""
+        training = self._in(Stage.TRAINING)
+        return sum(self.spec.budget.epochs - held.records[-1].epoch for held in training if held.records)
 
     def _unwritten(self) -> int:
         return sum(len(h.records) - h.written for h in self.held.values())

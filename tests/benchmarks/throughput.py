@@ -16,6 +16,10 @@ and one process per core with one thread each, which start together and count ov
 - fused: `Trainer.train_epoch` in steady state, the width divided among the processes. Its measures of every step and
   the evaluation after every epoch are included; the plain loop evaluates too. A model that vmap cannot batch trains one
   slot at a time, here as in a study; a line under the table says so.
+  Compiled, its gradients are: that takes a minute or so per task and layout, before the first window.
+- chosen: what a worker of `run` does when asked for nothing: width, threads, one at a time or fused, as it measures
+  when it starts, on as many processes as `--workers auto` gives. Compiled, it then also considers compiling with a
+  long study ahead, and keeps the compiled code where that is faster. Its width is what was chosen.
 - matmul share: what torch's FlopCounterMode counts in one plain forward and backward pass (matrix products and
   convolutions) times trial-steps per second, over this machine's rate at a large float32 matrix product, the better
   layout's. None for a task without any.
@@ -47,16 +51,17 @@ from threading import BrokenBarrierError
 
 import numpy as np
 import torch
-from loops import MATMUL_SIZE, Loop, Problem, count_flop, matmul_loop, plain_loop, trainer_loop
+from loops import BATCH_SIZE, MATMUL_SIZE, Loop, Problem, count_flop, matmul_loop, plain_loop, trainer_loop
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from momentum_tuner.launcher import KEEP_MEMORY
-from momentum_tuner.launcher.devices import available_cores
-from momentum_tuner.trainer import Trainer
+from momentum_tuner.launcher.devices import available_cores, plan_workers
+from momentum_tuner.tasks import Task
+from momentum_tuner.trainer import FUSED_WIDTH, Trainer
 
-TASKS = ("digits_mlp", "digits_cnn", "digits_rnn", "quadratic")
+TASKS = ("digits_mlp", "digits_rnn", "digits_cnn", "digits_transformer", "quadratic")
 CELLS = ("rnn", "lstm", "gru")
 PATIENCE = 600.0
 """Seconds that a process waits for the others at the start of a window."""
@@ -81,22 +86,25 @@ class Way:
     """One way to train, in one layout.
 
     Attributes:
-        kind: `plain`, `fused`, or `matmul`, the machine's own rate.
+        kind: `plain`, `fused`, `chosen`, or `matmul`, the machine's own rate.
         layout: of its processes.
-        width: trials at once, over all processes.
+        width: trials at once, over all processes; None for what is chosen.
         compiled: whether torch.compile is used.
     """
 
     kind: str
     layout: Layout
-    width: int
+    width: int | None
     compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.layout}"
+        width = "" if self.width is None else f", width {self.width}"
+        return f"{self.kind}, {self.layout}{width}{', compiled' if self.compiled else ''}"
 
-    def share(self, process: int) -> int:
-        """Trials that one of the processes trains."""
+    def share(self, process: int) -> int | None:
+        """Trials that one of the processes trains; None for its choice."""
+        if self.width is None:
+            return None
         return self.width // self.layout.processes + (process < self.width % self.layout.processes)
 
 
@@ -110,10 +118,17 @@ class Window:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a process knows of the problem: operations of a trial-step, and why slots do not train fused."""
+    """What a process knows of the problem.
+
+    Attributes:
+        flop: operations of a trial-step.
+        reason: why slots do not train fused, if they do not.
+        widths: trials that it trains at once, by way.
+    """
 
     flop: int
     reason: str | None
+    widths: dict[Way, int]
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,7 @@ class Result:
 
     problem: Problem
     facts: Facts
+    widths: dict[Way, int]
     rates: dict[Way, list[float]] = field(default_factory=dict)
 
     def median(self, way: Way) -> float:
@@ -146,21 +162,32 @@ class Result:
         return [way for way in self.rates if way.kind == kind]
 
     def rows(self) -> list[tuple[Way, Row]]:
-        """The lines of the plain and fused ways."""
+        """The lines of all ways but the machine's own rate."""
         baseline = max(self.median(way) for way in self.of_kind("plain"))
         machine = max(self.median(way) for way in self.of_kind("matmul"))
         rows = []
-        for way in [*self.of_kind("plain"), *self.of_kind("fused")]:
+        for way in [way for kind in ("plain", "fused", "chosen") for way in self.of_kind(kind)]:
             rate = self.median(way)
             share = rate * self.facts.flop / machine if self.facts.flop else None
-            rows.append((way, Row(str(self.problem), str(way), way.width, way.compiled, rate, rate / baseline, share)))
+            width = self.widths[way]
+            rows.append((way, Row(str(self.problem), way.kind, width, way.compiled, rate, rate / baseline, share)))
         return rows
+
+    def best_rows(self) -> list[Row]:
+        """Of each way, eager and compiled, the rows of the better layout; of the plain loop a single one."""
+        best: dict[tuple[str, int | None, bool], Row] = {}
+        for way, row in self.rows():
+            key = row.way, None if row.way == "plain" else way.width, row.compiled
+            if key not in best or row.steps_per_second > best[key].steps_per_second:
+                best[key] = row
+        return list(best.values())
 
 
 # In a measuring process.
 
 _barrier: Barrier
 _loops: dict[Way, Loop] = {}
+_threads: dict[Way, int] = {}
 
 
 def join(barrier: Barrier) -> None:
@@ -171,24 +198,41 @@ def join(barrier: Barrier) -> None:
 
 def prepare(problem: Problem, ways: Sequence[Way], process: int) -> Facts:
     """Build the loops of all ways of this process's layout and let each run an epoch."""
-    torch.set_num_threads(ways[0].layout.threads)
     task = problem.build()
     reason = None
+    widths = {}
     for way in ways:
+        torch.set_num_threads(way.layout.threads)
+        widths[way] = 1
         if way.kind == "plain":
             _loops[way] = plain_loop(task)
-        elif way.kind == "fused":
-            trainer = Trainer(task, epochs=1, slots=way.share(process))
-            _loops[way] = trainer_loop(trainer)
-            reason = trainer.objective.reason
-        else:
+        elif way.kind == "matmul":
             _loops[way] = matmul_loop()
+        else:
+            trainer = make_trainer(task, way, process)
+            _loops[way] = trainer_loop(trainer)
+            widths[way] = trainer.width
+            reason = trainer.objective.reason if way.kind == "fused" else reason
+        _threads[way] = torch.get_num_threads()
         _loops[way]()
-    return Facts(count_flop(task), reason)
+    return Facts(count_flop(task), reason, widths)
+
+
+def make_trainer(task: Task, way: Way, process: int) -> Trainer:
+    """The trainer of a way; a chosen one sets the threads of this process, as a worker does."""
+    if way.kind == "fused":
+        return Trainer(task, epochs=1, slots=way.share(process), compiles="on" if way.compiled else "off")
+    most = max(1, FUSED_WIDTH // way.layout.processes)
+    trainer = Trainer(task, epochs=1, most=most, compiles="auto" if way.compiled else "off", batch_size=BATCH_SIZE)
+    if trainer.pace.threads is not None:
+        torch.set_num_threads(trainer.pace.threads)
+    trainer.consider_compiling(float("inf"))
+    return trainer
 
 
 def run(way: Way, seconds: float) -> Window:
     """Warm up for an epoch, wait for the other processes, then train whole epochs for at least `seconds`."""
+    torch.set_num_threads(_threads[way])
     loop = _loops[way]
     loop()
     _barrier.wait(PATIENCE)
@@ -219,7 +263,9 @@ class Crew:
             ProcessPoolExecutor(1, context, initializer=join, initargs=(self._barrier,)) for _ in range(count)
         ]
         prepared = [process.submit(prepare, problem, ways, i) for i, process in enumerate(self._processes)]
-        self.facts = next(iter([future.result() for future in prepared]))
+        found = [future.result() for future in prepared]
+        self.facts = found[0]
+        self.widths = {way: sum(facts.widths[way] for facts in found) for way in ways}
 
     def rate(self, way: Way, seconds: float) -> float:
         """Work per second over the time in which all processes were measuring."""
@@ -244,35 +290,48 @@ class Crew:
             process.shutdown(cancel_futures=True)
 
 
+def workers_layout() -> Layout:
+    """The processes of `--workers auto`."""
+    placements = plan_workers("auto", "cpu")
+    return Layout(len(placements), placements[0].threads or available_cores())
+
+
 def layouts() -> list[Layout]:
-    """One process with all cores, and one process per core."""
+    """One process with all cores, one process per core, and that of workers."""
     cores = available_cores()
-    return [Layout(1, cores), Layout(cores, 1)] if cores > 1 else [Layout(1, 1)]
+    return list(dict.fromkeys([Layout(1, cores), Layout(cores, 1), workers_layout()]))
 
 
-def ways_of(layout: Layout, widths: Sequence[int]) -> list[Way]:
+def ways_of(layout: Layout, widths: Sequence[int], compiled: Sequence[bool]) -> list[Way]:
     """What is measured in a layout; a width smaller than its processes cannot be divided and is left out."""
-    fused = [Way("fused", layout, width) for width in widths if width >= layout.processes]
-    return [Way("plain", layout, layout.processes), *fused, Way("matmul", layout, layout.processes)]
+    fused = [Way("fused", layout, width, code) for width in widths if width >= layout.processes for code in compiled]
+    chosen = [Way("chosen", layout, None, code) for code in compiled if layout == workers_layout()]
+    return [Way("plain", layout, layout.processes), *fused, *chosen, Way("matmul", layout, layout.processes)]
 
 
 def measure(
-    problem: Problem, widths: Sequence[int], seconds: float, rounds: int, tell: Callable[[str], None]
+    problem: Problem,
+    widths: Sequence[int],
+    compiled: Sequence[bool],
+    seconds: float,
+    rounds: int,
+    tell: Callable[[str], None],
 ) -> Result:
     """Measure one problem in all ways, taking turns; `tell` hears what is going on."""
     tell(f"{problem}: preparing")
     with ExitStack() as stack:
         crews: dict[Layout, Crew] = {}
         for layout in layouts():
-            crews[layout] = Crew(problem, ways_of(layout, widths))
+            crews[layout] = Crew(problem, ways_of(layout, widths, compiled))
             stack.callback(crews[layout].close)
         # By kind and width, so that what is compared is measured close together.
-        ways = [way for layout in crews for way in ways_of(layout, widths)]
-        ways.sort(key=lambda way: (way.kind != "plain", way.width))
-        result = Result(problem, next(iter(crews.values())).facts, {way: [] for way in ways})
+        ways = [way for layout in crews for way in ways_of(layout, widths, compiled)]
+        ways.sort(key=lambda way: (way.kind != "plain", way.width or 0))
+        counts = {way: crews[way.layout].widths[way] for way in ways}
+        result = Result(problem, next(iter(crews.values())).facts, counts, {way: [] for way in ways})
         for turn in range(rounds):
             for way in ways if turn % 2 == 0 else reversed(ways):
-                tell(f"{problem}: round {turn + 1} of {rounds}: {way}, width {way.width}")
+                tell(f"{problem}: round {turn + 1} of {rounds}: {way}")
                 result.rates[way].append(crews[way.layout].rate(way, seconds))
     return result
 
@@ -288,7 +347,7 @@ def table_of(result: Result) -> Table:
         table.add_row(
             f"{way.kind}, compiled" if way.compiled else way.kind,
             f"{way.layout.processes} x {way.layout.threads}",
-            str(way.width),
+            str(row.width),
             f"{row.steps_per_second:,.0f}",
             f"{min(rates):,.0f} - {max(rates):,.0f}",
             f"{row.ratio:.2f}",
@@ -350,9 +409,10 @@ def arguments() -> argparse.Namespace:
     )
     count = at_least(int, 1)
     parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits_mlp"])
-    parser.add_argument("--cell", nargs="+", choices=CELLS, default=["rnn"], help="cells of digits_rnn")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS, help="cells of digits_rnn")
     parser.add_argument("--width", nargs="+", type=count, default=[1, 16, 64], help="trials at once")
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument("--seconds", type=at_least(float, 0.2), default=3.0, help="of each window")
     parser.add_argument("--rounds", type=count, default=3, help="windows of each way")
     parser.add_argument("--steps", type=count, help="steps of an epoch; fewer only to see that it runs")
@@ -367,13 +427,14 @@ def main() -> None:
     for task in asked.task:
         kinds = [(("cell", cell),) for cell in asked.cell] if task == "digits_rnn" else [()]
         problems += [Problem(task, kind, asked.steps) for kind in kinds]
+    compiled = (False,) if asked.eager else (False, True)
     before = machine()
     aside = Console(stderr=True)
     out = aside if asked.json else Console()
     results = []
     with aside.status("starting") as status:
         for problem in problems:
-            result = measure(problem, sorted(set(asked.width)), asked.seconds, asked.rounds, status.update)
+            result = measure(problem, sorted(set(asked.width)), compiled, asked.seconds, asked.rounds, status.update)
             results.append(result)
             out.print(table_of(result))
             for line in notes(result):
@@ -382,7 +443,7 @@ def main() -> None:
     for line in before:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     if asked.json:
-        json.dump([asdict(row) for result in results for _, row in result.rows()], sys.stdout, indent=2)
+        json.dump([asdict(row) for result in results for row in result.best_rows()], sys.stdout, indent=2)
         print()
 
 

@@ -1,0 +1,168 @@
+"""A fused function as a graph of torch operations, which is replayed without vmap's and autograd's own work in Python.
+
+The graph is made of two traces at different widths: a number that differs between them is a multiple of the width, or
+off it by a constant, and is computed from the width when the graph is replayed. So one graph serves all widths.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.autograd_function import custom_function_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from momentum_tuner.trainer.lowering.slotwise import SlotFunction
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Sequence[Tensor]]
+"""Takes tensors, of which the first has one row per slot, and returns tensors."""
+
+_READING = frozenset(
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "is_nonzero")
+) | {torch.equal, torch.allclose}
+"""Functions by which Python reads a tensor's values, which a graph would not read again."""
+_WIDTHS = (3, 5)
+"""Of the two traces: above 1, for which torch takes shortcuts, and unlike each other."""
+
+
+class NotCapturedError(Exception):
+    """A function has no graph that serves all widths."""
+
+
+def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[bool], state: nn.Module) -> fx.GraphModule:
+    """The graph of a function.
+
+    Args:
+        function: what to capture; only its tensors may change from call to call.
+        tensors: an example of its arguments; they are left as they are.
+        stacked: which of them have one row per slot.
+        state: the module whose plain attributes must be the same after a call: what they say would be frozen.
+
+    Raises:
+        NotCapturedError: it cannot be captured.
+    """
+    graphs, attributes = [], []
+    for width in _WIDTHS:
+        graphs.append(_trace(function, tensors, stacked, width))
+        attributes.append(_plain_attributes(state))
+    if attributes[0] != attributes[1]:
+        raise NotCapturedError("the model writes to its own attributes as it is called")
+    nodes = [list(graph.graph.nodes) for graph in graphs]
+    _generalize(*graphs)
+    graph = graphs[0]
+    for node, other in zip(*nodes, strict=True):
+        if _is_idle(node) and _is_idle(other):
+            node.replace_all_uses_with(node.args[0])
+    for node in nodes[0]:
+        node.meta.clear()  # which holds tensors of the trace
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _trace(function: Function, tensors: Sequence[Tensor], stacked: Sequence[bool], width: int) -> fx.GraphModule:
+    """The graph at one width, on copies of the tensors' rows."""
+    rows = torch.arange(width, device=tensors[0].device) % len(tensors[0])
+    copies = [t[rows] if has_rows else t.clone() for t, has_rows in zip(tensors, stacked, strict=True)]
+    with _RefuseReading():
+        graph: fx.GraphModule = make_fx(function)(*copies)
+    for node in graph.graph.nodes:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(getattr(node.target, "tags", ())):
+            raise NotCapturedError(f"{node.target} depends on values")
+    return graph
+
+
+class _RefuseReading(TorchFunctionMode):
+    """Sees that Python takes no tensor's value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func in _READING:
+            raise NotCapturedError("Python code reads values of its tensors")
+        if func is custom_function_call and not (args[0].generate_vmap_rule or issubclass(args[0], SlotFunction)):
+            raise NotCapturedError(f"{args[0].__name__} has a rule for vmap in Python")
+        return func(*args, **(kwargs or {}))
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, str, Any]]:
+    """Numbers, texts and lengths of lists among the attributes of a module and those below it."""
+    found: list[tuple[str, str, Any]] = []
+    for name, layer in module.named_modules():
+        for attribute, value in vars(layer).items():
+            if isinstance(value, int | float | str | None):
+                found.append((name, attribute, value))
+            elif isinstance(value, list | dict | set):
+                found.append((name, attribute, len(value)))
+    return found
+
+
+def _generalize(narrow: fx.GraphModule, wide: fx.GraphModule) -> None:
+    """Replace what depends on the width in the narrow graph by what computes it."""
+    nodes, others = list(narrow.graph.nodes), list(wide.graph.nodes)
+    if [(n.op, _target(narrow, n)) for n in nodes] != [(n.op, _target(wide, n)) for n in others]:
+        raise NotCapturedError("it runs other operations at another width")
+    first = next(node for node in nodes if node.op == "placeholder")
+    after_inputs = next(node for node in nodes if node.op != "placeholder")
+    twin = dict(zip(others, nodes, strict=True))
+    with narrow.graph.inserting_before(after_inputs):
+        width = narrow.graph.call_function(torch.ops.aten.sym_size.int, (first, 0))
+    known: dict[tuple[int, int], fx.Node] = {(1, 0): width}
+
+    def of_width(times: int, plus: int) -> fx.Node:
+        if (times, plus) not in known:
+            with narrow.graph.inserting_before(after_inputs):
+                product = width if times == 1 else narrow.graph.call_function(operator.mul, (width, times))
+                known[times, plus] = narrow.graph.call_function(operator.add, (product, plus)) if plus else product
+        return known[times, plus]
+
+    def merge(here: Any, there: Any) -> Any:
+        if isinstance(here, fx.Node):
+            if not isinstance(there, fx.Node) or twin[there] is not here:
+                raise NotCapturedError("its operations take other inputs at another width")
+            return here
+        if isinstance(here, list | tuple) and type(here) is type(there) and len(here) == len(there):
+            return type(here)(merge(a, b) for a, b in zip(here, there, strict=True))
+        if isinstance(here, dict) and isinstance(there, dict) and here.keys() == there.keys():
+            return {name: merge(value, there[name]) for name, value in here.items()}
+        if type(here) is type(there) and here == there:
+            return here
+        times, rest = divmod(there - here, _WIDTHS[1] - _WIDTHS[0]) if _both_whole(here, there) else (0, 1)
+        if rest:
+            raise NotCapturedError(f"{here!r} became {there!r} at another width")
+        return of_width(times, here - times * _WIDTHS[0])
+
+    for node, other in zip(nodes, others, strict=True):
+        node.args = merge(node.args, other.args)
+        node.kwargs = merge(node.kwargs, other.kwargs)
+
+
+def _both_whole(here: Any, there: Any) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in (here, there))
+
+
+def _target(module: fx.GraphModule, node: fx.Node) -> Any:
+    """What a node does, to compare; of a constant tensor its values."""
+    if node.op == "placeholder":
+        return None
+    if node.op != "get_attr":
+        return node.target
+    value = operator.attrgetter(str(node.target))(module)
+    return (value.shape, value.dtype, value.tolist()) if isinstance(value, Tensor) else node.target
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether a node returns its input: a product with 1, a view or an expansion to the same shape."""
+    aten = torch.ops.aten
+    if node.target is aten.mul.Scalar and node.args[1] != 1:
+        return False
+    if node.target not in (aten.mul.Scalar, aten.view.default, aten._unsafe_view.default, aten.expand.default):
+        return False
+    kinds = [one.meta.get("tensor_meta") for one in (node, node.args[0]) if isinstance(one, fx.Node)]
+    return len(kinds) == 2 and all(kinds) and len({(kind.shape, kind.dtype) for kind in kinds if kind}) == 1

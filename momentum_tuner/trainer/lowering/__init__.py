@@ -1,0 +1,84 @@
+"""Lowering: torch functions that vmap cannot batch, or not well, in operations that it batches well.
+
+It works on the functions that modules call (`torch.lstm` is what `nn.LSTM` calls), so that a user's model profits as it
+is, and what it does not know, such as a packed sequence, goes on to torch itself. The results are torch's to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from momentum_tuner.trainer.lowering.attention import lower_attention, lower_multi_head_attention
+from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
+from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
+
+Drop = Callable[[Tensor, float], Tensor]
+
+
+def _recurrent(kind: str) -> Callable[..., Any]:
+    def lower(drop: Drop, *args: Any) -> Any:
+        return lower_recurrent(kind, drop, args)
+
+    return lower
+
+
+_WITH_DROPOUT: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+    {
+        torch.rnn_tanh: _recurrent("tanh"),
+        torch.rnn_relu: _recurrent("relu"),
+        torch.gru: _recurrent("gru"),
+        torch.lstm: _recurrent("lstm"),
+        functional.multi_head_attention_forward: lower_multi_head_attention,
+        functional.scaled_dot_product_attention: lower_attention,
+    }
+)
+"""Functions that may draw random numbers for a dropout within."""
+
+_PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+    {
+        **dict.fromkeys((torch.softmax, functional.softmax, Tensor.softmax), partial(lower_softmax, torch.softmax)),
+        **dict.fromkeys(
+            (torch.log_softmax, functional.log_softmax, Tensor.log_softmax), partial(lower_softmax, torch.log_softmax)
+        ),
+        functional.cross_entropy: lower_cross_entropy,
+    }
+)
+
+
+class Lowering(TorchFunctionMode):
+    """While it is active, torch functions are lowered.
+
+    Args:
+        drop: the dropout within them.
+    """
+
+    def __init__(self, drop: Drop) -> None:
+        super().__init__()
+        self._drop = drop
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Call the function, or what stands in for it."""
+        kwargs = kwargs or {}
+        out = NotImplemented
+        if func in _WITH_DROPOUT:
+            out = _WITH_DROPOUT[func](self._drop, *args, **kwargs)
+        elif func in _PLAIN:
+            out = _PLAIN[func](*args, **kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+
+def draws_within(model: nn.Module) -> bool:
+    """Whether a model has layers with a dropout of their own, which only a lowering can tie to the trial."""
+    return any(
+        (isinstance(layer, nn.RNNBase) and layer.dropout > 0 and layer.num_layers > 1)
+        or (isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0)
+        for layer in model.modules()
+    )

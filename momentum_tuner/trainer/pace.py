@@ -1,0 +1,102 @@
+"""How a trainer trains: in the way that was found fastest, compiled once that repays what it takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from momentum_tuner.trainer.calibration import (
+    COMPILED,
+    FUSED,
+    SEQUENTIAL,
+    SEQUENTIAL_WIDTH,
+    Calibration,
+    Stopwatch,
+    Way,
+    calibrate,
+)
+from momentum_tuner.trainer.data import Batch
+from momentum_tuner.trainer.memory import first_line
+from momentum_tuner.trainer.objective import GRADIENT, Objective
+
+logger = logging.getLogger(__name__)
+
+
+class Pace:
+    """Chooses how slots train, and remembers what it measured for that.
+
+    Args:
+        objective: of the task, which is told how to train.
+        batch: makes a minibatch of the usual size that all slots share.
+        compiles: `on` compiles fused gradients at their first step; `auto` leaves it to `consider_compiling`; `off`.
+        calibration: what was measured before.
+    """
+
+    def __init__(
+        self, objective: Objective, batch: Callable[[], Batch], compiles: str, calibration: Calibration | None
+    ) -> None:
+        self.calibration = calibration or Calibration()
+        self.threads: int | None = None
+        """CPU threads with which an operation is fastest, where that was measured; setting them is up to the caller."""
+        self._objective = objective
+        self._batch = batch
+        self.considers = compiles == "auto"
+        """Whether `consider_compiling` may still do something."""
+        if compiles == "on":
+            objective.replay.compiles = frozenset({GRADIENT})
+            objective.replay.patience = 0
+
+    def choose(self, most: int) -> int:
+        """Take the fastest way of training up to a width, measured now unless that is known; returns its width.
+
+        What goes wrong in the measurement is left to the trials, which are the ones to say so.
+        """
+        objective = self._objective
+        if not self.calibration.seconds:
+            try:
+                self.calibration = calibrate(objective, self._batch(), most, objective.batch_slots)
+            except Exception as error:
+                logger.info("the ways of training were not measured: %s", first_line(error))
+                return most if objective.batch_slots else min(most, SEQUENTIAL_WIDTH)
+        way = self.calibration.best(most)
+        self.threads = way.threads
+        if way.mode == FUSED:
+            objective.replay.patience = 0  # the measurement has captured it, or an earlier one has found that it pays
+        elif way.mode == SEQUENTIAL and objective.batch_slots:
+            times = self.calibration.least(FUSED) / self.calibration.seconds[way]
+            objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")
+        return min(way.width, most)
+
+    def consider_compiling(self, width: int, trial_steps: float) -> None:
+        """Compile the gradient at a width, if that is expected to save more time than it takes, and keep it if it does.
+
+        Args:
+            width: slots that train fused.
+            trial_steps: that are left to train, about.
+        """
+        if not self.considers or not self._objective.batch_slots or width < 2:
+            return
+        replay = self._objective.replay
+        way = Way(FUSED, width, self.threads or torch.get_num_threads())
+        if way not in self.calibration.seconds:
+            self.calibration = self.calibration.having(way, self._stopwatch().seconds(way))
+        kept = replay.keeps_compiled(GRADIENT)
+        if not self.calibration.expects_to_repay(way, trial_steps, kept):
+            return
+        self.considers = False
+        watch = self._stopwatch()
+        seconds = watch.seconds(replace(way, mode=COMPILED))
+        took = watch.spent
+        if replay.failed:
+            return
+        before = self.calibration.seconds[way]
+        self.calibration = self.calibration.having(replace(way, mode=COMPILED), seconds, None if kept else took)
+        if seconds >= before:
+            replay.forget_compiled()
+        logger.info("compiled in %.0f s: a step takes %.0f%% of the time it took", took, 100.0 * seconds / before)
+
+    def _stopwatch(self) -> Stopwatch:
+        return Stopwatch(self._objective, self._batch())

@@ -1,0 +1,65 @@
+"""The faster of torch's two libraries for products of float32 matrices on this CPU."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SLOTS, _SIZES = 8, (32, 64, 256)
+_ADVANTAGE = 0.9
+_TIMED = 5
+
+
+@contextmanager
+def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices on the CPU where it is faster than the BLAS that torch takes, and as exact.
+
+    Torch hands such products to oneDNN only where it may round them to bfloat16. A CPU without matrix units for
+    bfloat16 gains nothing by that, so oneDNN computes in float32 all the same, and on many CPUs faster than MKL.
+    """
+    if device.type != "cpu" or dtype != torch.float32 or not _pays():
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@functools.cache
+def _pays() -> bool:
+    """Whether oneDNN's products are exact here, and faster, by measurement."""
+    if not torch._C._has_mkldnn or torch.cpu._is_amx_tile_supported():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    times: dict[str, list[float]] = {before: [], "bf16": []}
+    try:
+        for size in _SIZES:
+            first, second = torch.randn(2, _SLOTS, size, size, generator=generator)
+            exact = first.double() @ second.double()
+            errors = {}
+            for precision in times:
+                settings.fp32_precision = precision
+                errors[precision] = float((torch.bmm(first, second) - exact).abs().max())
+                times[precision].append(min(_seconds(first, second) for _ in range(_TIMED)))
+            if errors["bf16"] > 2.0 * errors[before]:
+                return False
+    finally:
+        settings.fp32_precision = before
+    return times["bf16"][1] < _ADVANTAGE * times[before][1]
+
+
+def _seconds(first: Tensor, second: Tensor) -> float:
+    started = time.perf_counter()
+    torch.bmm(first, second)
+    return time.perf_counter() - started

@@ -1,0 +1,182 @@
+"""Fused functions that are captured once they have been called often enough to repay it, and compiled if asked to."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from momentum_tuner.trainer.capture import capture
+from momentum_tuner.trainer.compiling import compile_graph, was_compiled, without_recompiling
+from momentum_tuner.trainer.memory import first_line, is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 32
+"""Calls of a kind before it is captured: that takes as long as some ten to hundred calls save."""
+SAME = 1e-4
+"""Relative difference of a graph's results from the function's own above which the graph is not used."""
+
+Runner = Callable[..., Sequence[Tensor]]
+
+
+@dataclass
+class _Kind:
+    """Calls that one graph serves: alike but for their width and values."""
+
+    calls: int = 0
+    refused: bool = False
+    graph: fx.GraphModule | None = None
+    compiled: Runner | None = None
+    runners: dict[int, Runner] = field(default_factory=dict)
+    """What serves each width that has been seen, once its results were compared."""
+
+
+class Replay:
+    """Calls functions of stacked tensors, from their graphs where those give the same.
+
+    Args:
+        model: the module that they call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.patience = PATIENCE
+        self.compiles: frozenset[str] = frozenset()
+        """Names of the functions that are compiled."""
+        self.failed = False
+        """Whether compiling failed."""
+        self._model = model
+        self._kinds: dict[tuple[Hashable, ...], _Kind] = {}
+
+    def call(self, name: str, function: Callable[..., list[Tensor]], *arguments: tuple[Any, bool]) -> Sequence[Tensor]:
+        """What a function returns.
+
+        Args:
+            name: of the function.
+            function: only its arguments may change from call to call.
+            arguments: each a tensor, or a nesting of tensors, and whether they have one row per slot. The first has.
+        """
+        leaves, structure = tree_flatten([value for value, _ in arguments])
+        stacked = [has_rows for value, has_rows in arguments for _ in tree_flatten(value)[0]]
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in at]
+        rows = [stacked[i] for i in at]
+        shapes = tuple(
+            (t.shape[1:] if has_rows else t.shape, t.dtype) for t, has_rows in zip(tensors, rows, strict=True)
+        )
+        others = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+
+        def call(*tensors: Tensor) -> list[Tensor]:
+            filled = list(leaves)
+            for i, tensor in zip(at, tensors, strict=True):
+                filled[i] = tensor
+            return function(*tree_unflatten(filled, structure))
+
+        try:
+            kind = self._kinds.setdefault((name, shapes, tuple(rows), others), _Kind())
+        except TypeError:  # a value that cannot be hashed
+            return call(*tensors)
+        kind.calls += 1
+        runner = kind.runners.get(len(tensors[0]))
+        if runner is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
+            return runner(*tensors)
+        if kind.refused or kind.calls <= self.patience:
+            return call(*tensors)
+        return self._begin(name, kind, call, tensors, rows)
+
+    @contextmanager
+    def compiling(self, name: str) -> Iterator[None]:
+        """Compile what is called meanwhile of a function."""
+        before, self.compiles = self.compiles, self.compiles | {name}
+        for kind in self._of(name):
+            kind.runners.clear()
+        try:
+            yield
+        finally:
+            self.compiles = before
+
+    def forget_compiled(self) -> None:
+        """Go on with the graphs as they were captured."""
+        for kind in self._kinds.values():
+            kind.compiled = None
+            kind.runners.clear()
+
+    def keeps_compiled(self, name: str) -> bool:
+        """Whether a captured graph of a function has been compiled before, in this or an earlier run."""
+        return any(kind.graph is not None and was_compiled(kind.graph) for kind in self._of(name))
+
+    def _of(self, name: str) -> list[_Kind]:
+        return [kind for key, kind in self._kinds.items() if key[0] == name]
+
+    def _begin(
+        self, name: str, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]
+    ) -> Sequence[Tensor]:
+        """Call the function itself, and let what gives the same serve this width from now on."""
+        if kind.graph is None:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    kind.graph = capture(call, tensors, stacked, self._model)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                logger.info("the steps are not captured: %s", first_line(error))
+                kind.refused = True
+                return call(*tensors)
+        candidates: list[Runner] = [kind.graph.forward]
+        if (name in self.compiles or kind.compiled is not None) and len(tensors[0]) > 1:
+            candidates[:0] = self._compiled(kind, kind.graph, tensors, stacked)
+        copies = [
+            [t.clone() if has_rows else t for t, has_rows in zip(tensors, stacked, strict=True)] for _ in candidates
+        ]
+        expected = call(*tensors)
+        for candidate, own in zip(candidates, copies, strict=True):
+            found = self._try(candidate, own)
+            if found is not None and _alike([*found, *own], [*expected, *tensors]):
+                kind.runners[len(tensors[0])] = candidate
+                return expected
+        logger.info("the steps are not captured: their graph gives other results at %d slots", len(tensors[0]))
+        kind.refused = True
+        kind.runners.clear()
+        return expected
+
+    def _compiled(
+        self, kind: _Kind, graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]
+    ) -> list[Runner]:
+        """The compiled graph, if there can be one."""
+        if kind.compiled is None and not self.failed:
+            try:
+                kind.compiled = compile_graph(graph, tensors, stacked)
+            except Exception as error:
+                logger.warning("training goes on without torch.compile, which failed: %s", first_line(error))
+                self.failed = True
+        return [] if kind.compiled is None else [kind.compiled]
+
+    def _try(self, candidate: Runner, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """What a graph returns, None if it cannot serve these tensors."""
+        try:
+            return without_recompiling(candidate, tensors)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+
+
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(relative_difference(a.double(), b.double()) < SAME for a, b in zip(found, expected, strict=True))
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm expected; infinite where only one of them is finite."""
+    finite = found.isfinite()
+    if not torch.equal(finite, expected.isfinite()):
+        return float("inf")
+    scale = expected[finite].norm().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found[finite] - expected[finite]).norm() / scale)
