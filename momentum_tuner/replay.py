@@ -18,6 +18,7 @@ from momentum_tuner.launcher import load_checked_task, own_trust
 from momentum_tuner.metrics import EpochRecord
 from momentum_tuner.tasks import Loop, Task, describe_data
 from momentum_tuner.tickets import StudyRecord, TrialRecord, read_epochs
+from momentum_tuner.trainer import SlotState
 from momentum_tuner.worker import describe_machine, study_trainer, trial_settings
 
 TOLERANCE = 1e-3
@@ -98,6 +99,7 @@ def replay_trial(
     trusted: Sequence[str] = (),
     tolerance: float = TOLERANCE,
     after_epoch: Callable[[int, int], None] = lambda epoch, last: None,
+    at_end: Callable[[Task | Loop, SlotState], None] = lambda task, state: None,
 ) -> Replay:
     """Train a trial again as far as it was recorded, with the trainer alone: nothing is written.
 
@@ -109,6 +111,7 @@ def replay_trial(
         trusted: what may be imported.
         tolerance: the largest relative difference of a loss that rounding explains.
         after_epoch: told of each epoch, and of the last one there will be.
+        at_end: told of the task and of what the trial ended in, unless it diverged.
 
     Raises:
         TrialNotFoundError: nothing was recorded of it.
@@ -124,7 +127,7 @@ def replay_trial(
     replayed: list[EpochRecord] = []
     with _threads_of(trial, device):
         try:
-            for record in _train(study, trial, task, device, len(recorded)):
+            for record in _train(study, trial, task, device, len(recorded), at_end):
                 replayed.append(record)
                 after_epoch(record.epoch, recorded[-1].epoch)
         except MomentumTunerError:
@@ -168,7 +171,14 @@ def _threads_of(trial: TrialRecord, device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(study: StudyRecord, trial: TrialRecord, task: Task | Loop, device: str, count: int) -> Iterator[EpochRecord]:
+def _train(
+    study: StudyRecord,
+    trial: TrialRecord,
+    task: Task | Loop,
+    device: str,
+    count: int,
+    at_end: Callable[[Task | Loop, SlotState], None],
+) -> Iterator[EpochRecord]:
     """The trial's records anew, until it diverges or there are so many."""
     trainer = study_trainer(study.spec, task, slots=1, device=device)
     first = trainer.admit(trial.number, trial_settings(trial))
@@ -179,6 +189,7 @@ def _train(study: StudyRecord, trial: TrialRecord, task: Task | Loop, device: st
             yield record
             if record.diverged_at_step is not None:
                 return
+    at_end(task, trainer.export(trial.number))
 
 
 def _pairs(recorded: Sequence[EpochRecord], replayed: Sequence[EpochRecord]) -> Iterator[EpochPair]:

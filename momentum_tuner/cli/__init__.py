@@ -25,6 +25,7 @@ COMMANDS = {
     "replay": "momentum_tuner.cli.replay:replay",
     "ui": "momentum_tuner.cli.ui:ui",
     "publish": "momentum_tuner.cli.ui:publish",
+    "register": "momentum_tuner.cli.register:register",
     "delete": "momentum_tuner.cli.look:delete",
     "doctor": "momentum_tuner.cli.doctor:doctor",
 }

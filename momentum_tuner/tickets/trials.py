@@ -30,6 +30,7 @@ class TrialRecord:
         node: the machine that it was trained on last.
         environment: that machine, and the versions there.
         data: what the study's trials learned from, by digest.
+        run_id: of its run in MLflow, once it is shown there.
     """
 
     ticket_id: int
@@ -43,6 +44,7 @@ class TrialRecord:
     node: str | None
     environment: Mapping[str, Any] | None
     data: Mapping[str, Any] | None
+    run_id: str | None
 
 
 def find_trial(
@@ -90,4 +92,5 @@ def find_trial(
             node=worker.node if worker is not None else None,
             environment=worker.environment if worker is not None else None,
             data=session.scalar(sa.select(Study.data).where(Study.id == study.id)),
+            run_id=row.run_id,
         )

@@ -1,6 +1,7 @@
 """Slots: admit, run an epoch, release, export and import one slot's state."""
 
 from momentum_tuner.trainer.calibration import Calibration, Way
+from momentum_tuner.trainer.layout import fill_model
 from momentum_tuner.trainer.loop import LoopTrainer, trainer_of
 from momentum_tuner.trainer.memory import SlotsOutOfMemoryError, UnfinishedStepError, is_out_of_memory
 from momentum_tuner.trainer.patience import AbandonedError
@@ -19,6 +20,7 @@ __all__ = [
     "TrialSettings",
     "UnfinishedStepError",
     "Way",
+    "fill_model",
     "is_out_of_memory",
     "trainer_of",
 ]

@@ -67,6 +67,19 @@ class Layout:
         return torch.cat([by_name[name].detach().reshape(-1) for name in self.names])
 
 
+def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Give a model the weights and buffers of a slot.
+
+    Args:
+        model: of the slot's task.
+        tensors: those of the slot's `SlotState`: `parameters` `[parameters]`, and `buffer/<name>`.
+    """
+    values = Layout.of(model).views(tensors["parameters"])
+    values |= {name.removeprefix("buffer/"): t for name, t in tensors.items() if name.startswith("buffer/")}
+    model.load_state_dict(values, strict=False)
+    return model
+
+
 def state_beside_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Buffers and frozen parameters by name: what the model needs besides its trainable row."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}

@@ -1,0 +1,165 @@
+"""The best trial's model in MLflow's registry: trained again, exported without pickle, under the alias `champion`."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from momentum_tuner.database import Database
+from momentum_tuner.errors import StudyFailedError, TaskError, TrackingError, TrialNotFoundError, describe_failure
+from momentum_tuner.replay import replay_trial
+from momentum_tuner.tasks import Loop, Task
+from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, find_trial
+from momentum_tuner.tracking import check_tracking_uri, quiet_mlflow, short_reason
+from momentum_tuner.trainer import SlotState, fill_model
+
+ALIAS = "champion"
+_EXAMPLES = 2  # torch.export takes a batch of one for a batch that is always one
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model.
+
+    Attributes:
+        name: of the registered model, the study's.
+        version: of it.
+        optimizer: whose best trial it is.
+        trial: the trial's number.
+        verdict: how its training now agrees with what was recorded.
+    """
+
+    name: str
+    version: str
+    optimizer: str
+    trial: int
+    verdict: str
+
+    @property
+    def uri(self) -> str:
+        """What `mlflow.pytorch.load_model` takes."""
+        return f"models:/{self.name}@{ALIAS}"
+
+
+def register_champion(
+    database: Database,
+    study: StudyRecord,
+    tracking_uri: str,
+    *,
+    optimizer: str | None = None,
+    device: str = "cpu",
+    trusted: Sequence[str] = (),
+    after_epoch: Callable[[int, int], None] = lambda epoch, last: None,
+) -> Registered:
+    """Train the best trial again to the end of its budget, and register its model.
+
+    No weights are kept of trials that end: so the model is that of `replay_trial`, and it is registered only if its
+    curve is the one that was recorded. It is a program of `torch.export` (`model.pt2`), which is loaded without pickle
+    and without the study's code.
+
+    Args:
+        database: where the study is.
+        study: which.
+        tracking_uri: where MLflow is.
+        optimizer: whose best trial; of all optimizers if not given.
+        device: what to train on.
+        trusted: what may be imported.
+        after_epoch: told of each epoch, and of the last one there will be.
+
+    Raises:
+        TrialNotFoundError: no trial has run its whole budget.
+        TrackingError: MLflow does not answer, or has no run of the trial yet.
+        TaskError: the task has no model that can be exported.
+        StudyFailedError: what is trained now is not what was recorded.
+    """
+    uri = check_tracking_uri(tracking_uri)
+    best = _best(database, study, optimizer)
+    trial = find_trial(database, study, best.optimizer, best.trial)
+    if trial.run_id is None:
+        raise TrackingError(f"MLflow has no run of that trial yet; type: momentum-tuner publish {study.name}")
+    ends: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(task: Task | Loop, state: SlotState) -> None:
+        ends.append(_model(task, state))
+
+    replay = replay_trial(database, study, trial, device=device, trusted=trusted, after_epoch=after_epoch, at_end=keep)
+    if replay.verdict == "not equal" or not ends:
+        raise StudyFailedError(
+            f"trial {trial.number} of {trial.optimizer} does not train again as it was recorded, so nothing is "
+            f"registered; see: momentum-tuner replay {study.name} {trial.optimizer} {trial.number}"
+        )
+    params = {name: str(value) for name, value in trial.settings.items()}
+    tags = {"optimizer": trial.optimizer, "trial": str(trial.number), "replay": replay.verdict}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        _export(*ends[0], path)
+        try:
+            version = _upload(uri, study.name, trial.run_id, path, params, tags)
+        except Exception as error:
+            raise TrackingError(f"MLflow does not take the model: {short_reason(error)}") from error
+    return Registered(study.name, version, trial.optimizer, trial.number, replay.verdict)
+
+
+def _best(database: Database, study: StudyRecord, optimizer: str | None) -> BestSetting:
+    found = best_settings(database, study, contestants=optimizer is not None)
+    if optimizer is not None:
+        found = [best for best in found if best.optimizer == optimizer]
+    if not found:
+        of = "" if optimizer is None else f" of {optimizer}"
+        raise TrialNotFoundError(f"no trial{of} of {study.name!r} has run its whole budget yet")
+    return found[0]
+
+
+def _model(task: Task | Loop, state: SlotState) -> tuple[nn.Module, Tensor]:
+    """The trained model on the CPU, and two examples of what it takes."""
+    if isinstance(task, Loop) or not isinstance(task.train, TensorDataset):
+        raise TaskError("only the model of a task with in-memory tensors can be registered: its first one is the input")
+    model = fill_model(task.model().cpu(), state.tensors)
+    return model.eval(), task.train.tensors[0][:_EXAMPLES].cpu()
+
+
+def _export(model: nn.Module, example: Tensor, path: Path) -> None:
+    quiet_mlflow()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # MLflow's, of what it makes itself
+            import mlflow.pytorch
+            from mlflow.models import infer_signature
+
+            mlflow.pytorch.save_model(
+                model,
+                path,
+                signature=infer_signature(example.numpy(), model(example).numpy()),
+                input_example=example.numpy(),
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],  # else it runs the model to guess
+            )
+    except Exception as error:
+        raise TaskError(f"the model cannot be exported: {describe_failure(error)}") from error
+
+
+def _upload(uri: str, name: str, run_id: str, path: Path, params: dict[str, str], tags: dict[str, str]) -> str:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment: Any = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags, params=params)
+    client.log_model_artifacts(logged.model_id, str(path))
+    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id)
+    client.set_registered_model_alias(name, ALIAS, made.version)
+    return str(made.version)
