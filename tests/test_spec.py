@@ -733,7 +733,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     os.mkfifo(pipe)
     expected = {
         tmp_path / "pip.yaml": f"there is no such file; did you mean {str(pipe)!r}?",
-        tmp_path / "another.yml": "there is no such file; `momentum-tuner init` writes one",
+        tmp_path / "q": "there is no such file; `momentum-tuner init` writes one",
         tmp_path: "is a directory; name the study file in it",
         latin: "line 2: is not UTF-8 text; save the file as UTF-8",
         large: "is larger than 1 MB; that is no study file",
