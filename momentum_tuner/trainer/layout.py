@@ -72,11 +72,14 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: of the slot's task.
-        tensors: those of the slot's `SlotState`: `parameters` `[parameters]`, and `buffer/<name>`.
+        tensors: those of the slot's `SlotState`: `parameters` `[parameters]`, and `buffer/model.<name>`.
     """
+    prefix = "buffer/model."  # a trainer's model is a part of the module that computes its loss
     values = Layout.of(model).views(tensors["parameters"])
-    values |= {name.removeprefix("buffer/"): t for name, t in tensors.items() if name.startswith("buffer/")}
-    model.load_state_dict(values, strict=False)
+    values |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith("buffer/")}
+    unknown = model.load_state_dict(values, strict=False).unexpected_keys
+    if unknown:
+        raise TaskError(f"task.model: it has no {unknown[0]}, which was trained")
     return model
 
 

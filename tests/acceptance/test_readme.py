@@ -41,7 +41,7 @@ def test_the_first_command_installs_and_runs_digits_mlp():
 
 def test_commands_on_digits_mlp_run(finished):
     shell, _ = finished
-    assert len(README.commands("digits-mlp")) == 7
+    assert len(README.commands("digits-mlp")) == 8
     for arguments in README.commands("digits-mlp"):
         assert shell.run(*arguments)
 
