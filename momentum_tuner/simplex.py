@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
@@ -24,15 +24,18 @@ _WORST = 1e300
 """What stands for a trial that has no value (yet); finite, as scipy subtracts it."""
 _SAME = 1e-9
 
+_Proposal: TypeAlias = tuple[Mapping[str, Any], Mapping[str, BaseDistribution]]
+"""Parameters of a trial, and their distributions."""
+
 
 class SimplexSampler(optuna.samplers.BaseSampler):
     """Proposes the next point of a simplex search that began at the best of the trials before it.
 
-    It keeps nothing: it replays the search over the trials that the study has, and proposes the first point that is
-    not among them, so any worker continues it. A trial that still runs counts as bad, so that several workers and
-    slots go on with what the search would want next if it were; a trial that turns out well is then built upon. When
-    the simplex has closed in, another one begins where it ended, towards the other side, and then smaller ones. Choices
-    keep the value that they have in the best of the trials before.
+    It keeps nothing from trial to trial: it replays the search over the trials that the study has, and proposes the
+    first point that is not among them, so any worker continues it. A trial that still runs counts as bad, so that
+    several workers and slots go on with what the search would want next if it were; a trial that turns out well is then
+    built upon. When the simplex has closed in, another one begins where it ended, towards the other side, and then
+    smaller ones. Choices keep the value that they have in the best of the trials before.
 
     Args:
         first: number of the first trial that it proposes.
@@ -44,20 +47,22 @@ class SimplexSampler(optuna.samplers.BaseSampler):
         self._first = first
         self._sign = -1.0 if maximize else 1.0
         self._before = before
+        self._proposed: _Proposal | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters of the best trial, or of the other sampler."""
-        proposed = self._proposal(study, trial)
-        if proposed is None:
+        self._proposed = self._proposal(study, trial)
+        if self._proposed is None:
             return self._before.infer_relative_search_space(study, trial)
-        return dict(proposed[1])
+        return dict(self._proposed[1])
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The next point."""
-        proposed = self._proposal(study, trial)
-        return dict(proposed[0]) if proposed else self._before.sample_relative(study, trial, search_space)
+        """The next point, found when its space was asked for, which Optuna does just before."""
+        if self._proposed is None:
+            return self._before.sample_relative(study, trial, search_space)
+        return dict(self._proposed[0])
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -65,9 +70,7 @@ class SimplexSampler(optuna.samplers.BaseSampler):
         """What the other sampler proposes."""
         return self._before.sample_independent(study, trial, param_name, param_distribution)
 
-    def _proposal(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> tuple[Mapping[str, Any], Mapping[str, BaseDistribution]] | None:
+    def _proposal(self, study: optuna.Study, trial: FrozenTrial) -> _Proposal | None:
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         begin = min((t for t in trials if t.number < self._first), key=self._value, default=None)
         if begin is None or self._value(begin) >= _WORST:
@@ -91,9 +94,10 @@ class SimplexSampler(optuna.samplers.BaseSampler):
         return {**begin.params, **found}, begin.distributions
 
     def _value(self, trial: FrozenTrial) -> float:
-        if trial.state is not TrialState.COMPLETE or any(v > 0.0 for v in trial.constraints.values()):
+        beyond = any(v > 0.0 for v in trial.constraints.values())
+        if trial.state is not TrialState.COMPLETE or trial.value is None or beyond:
             return _WORST
-        return self._sign * (trial.value if trial.value is not None else math.inf)
+        return self._sign * trial.value
 
 
 class _Wanted(Exception):
