@@ -1,7 +1,7 @@
 """Crash points: places where a test can end the process as SIGKILL would (RELIABILITY.md 2 and 3).
 
-`MOMENTUM_TUNER_CRASH=<point>:<file>` ends the process that reaches the point first and finds the file; the file is
-removed, so that this happens once. Nothing but tests sets the variable.
+`MOMENTUM_TUNER_CRASH=<point>:<file>` ends the process that reaches the point and finds the file empty; the file is
+removed, so that this happens once. Each byte in it lets a process pass the point before. Only tests set the variable.
 """
 
 import os
@@ -29,8 +29,12 @@ def crash_point(name: str) -> None:
     wanted = os.environ.get("MOMENTUM_TUNER_CRASH")
     if wanted is None or not wanted.startswith(f"{name}:"):
         return
+    file = wanted.partition(":")[2]
     try:
-        os.unlink(wanted.partition(":")[2])
+        if passes := os.path.getsize(file):
+            os.truncate(file, passes - 1)
+            return
+        os.unlink(file)
     except FileNotFoundError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
