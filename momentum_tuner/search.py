@@ -13,8 +13,8 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,11 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+from momentum_tuner.batch_tpe import BatchTPESampler
 from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
 from momentum_tuner.errors import StorageError
 from momentum_tuner.faults import crash_point
+from momentum_tuner.halving import BatchHalvingPruner, BatchHyperbandPruner
 from momentum_tuner.simplex import SimplexSampler
 from momentum_tuner.space import distributions, grid, settings
 from momentum_tuner.spec import StudySpec
@@ -74,44 +76,63 @@ class Search:
         self._studies: dict[str, optuna.Study] = {}
         with self._reaching():
             self._backend = open_storage(database)
-            self._storage = TrialCache(self._backend)
+            self._storage = TrialCache(self._backend, database)
             for optimizer in spec.optimizers:
                 self._study(optimizer)
         self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.contestants}
 
-    def batch(self) -> AbstractContextManager[None]:
-        """For what is asked, reported and pruned meanwhile the trials of others are read once."""
-        return self._storage.batch()
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """For what is asked, reported, pruned and told meanwhile the trials of others are read once.
+
+        It is written at the end, all or nothing; a trial that another worker has finished meanwhile is left as it is.
+        """
+        with self._reaching(), self._storage.batch():
+            yield
 
     def ask(self, place: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
-        """A new trial for a ticket.
-
-        Args:
-            place: whose study is asked.
-            ticket_id: written on the trial as it is created, so that no trial is ever without its ticket.
-            fixed: Optuna parameters set in advance; the sampler is not asked.
+        """A new trial for a ticket; see `ask_all`.
 
         Raises:
             TrialLostError: another worker has adopted the ticket, and this trial was failed as a leftover meanwhile.
         """
+        (asked,) = self.ask_all(place, [(ticket_id, fixed)])
+        if asked is None:
+            raise TrialLostError(f"the trial of ticket {ticket_id} was ended by another worker")
+        return asked
+
+    def ask_all(self, place: str, wanted: Sequence[tuple[int, Mapping[str, Any] | None]]) -> list[AskedTrial | None]:
+        """New trials for tickets. The sampler looks at what was told once for all of them.
+
+        Args:
+            place: whose study is asked.
+            wanted: the ticket of each, written on the trial as it is created, so that no trial is ever without its
+                ticket; and Optuna parameters set in advance, of which the sampler is not asked.
+
+        Returns:
+            The trials, in order; None where another worker has adopted the ticket, and failed this trial as a leftover.
+        """
         space = self._distributions[_contestant(place)]
-        template = optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params=dict(fixed or {}),
-            distributions={name: space[name] for name in fixed or {}},
-            user_attrs={TICKET: ticket_id},
-        )
-        with self._reaching():
-            trial_id = self._storage.create_new_trial(self._study(place)._study_id, template)
+        templates = [
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=dict(fixed or {}),
+                distributions={name: space[name] for name in fixed or {}},
+                user_attrs={TICKET: ticket_id},
+            )
+            for ticket_id, fixed in wanted
+        ]
+        with self.batch():
+            made = self._storage.create_trials(self._study(place)._study_id, templates)
             crash_point("asking")
-            return self._suggest(place, trial_id)
+            return self._suggest(place, [trial._trial_id for trial in made])
 
     def recall(self, place: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
-        with self._reaching():
+        with self.batch():
             for frozen in self._running(place):
                 if frozen.user_attrs.get(TICKET) == ticket_id:
-                    return self._suggest(place, frozen._trial_id)
+                    return self._suggest(place, [frozen._trial_id])[0]
         return None
 
     def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
@@ -124,13 +145,12 @@ class Search:
         """
         left = 0
         for place in self._places():
-            with self._reaching():
-                running = self._running(place)
-            for frozen in running:
-                trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
-                if done or trial_id not in (None, frozen._trial_id):
-                    self.tell(place, frozen._trial_id, "failed", None)
-                    left += 1
+            with self.batch():
+                for frozen in self._running(place):
+                    trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
+                    if done or trial_id not in (None, frozen._trial_id):
+                        self.tell(place, frozen._trial_id, "failed", None)
+                        left += 1
         return left
 
     def report(self, place: str, trial_id: int, epoch: int, value: float) -> None:
@@ -138,17 +158,17 @@ class Search:
 
         A report on a finished trial is passed over: its ticket was adopted, and who reports has not noticed yet.
         """
-        with self._reaching(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with self.batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_intermediate_value(self._reporting(place, trial_id), epoch, value)
 
     def reported(self, place: str, trial_id: int) -> set[int]:
         """The epochs at which the trial has reported."""
-        with self._reaching():
+        with self.batch():
             return set(self._storage.get_trial(self._reporting(place, trial_id)).intermediate_values)
 
     def should_prune(self, place: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report; not one that is finished."""
-        with self._reaching(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with self.batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             study = self._study(self._reports_of(place))
             return bool(study.pruner.prune(study, self._storage.get_trial(self._reporting(place, trial_id))))
         return False
@@ -163,7 +183,7 @@ class Search:
         the value that it reported last.
         """
         values = [value, second_value][: len(self._aims)]
-        with self._reaching():
+        with self.batch():
             study = self._study(place)
             number = self._storage.get_trial_number_from_id(trial_id)
             if outcome == "failed":
@@ -205,26 +225,33 @@ class Search:
     def _running(self, place: str) -> list[optuna.trial.FrozenTrial]:
         return self._study(place).get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _suggest(self, place: str, trial_id: int) -> AskedTrial:
-        number = self._storage.get_trial_number_from_id(trial_id)
+    def _suggest(self, place: str, trial_ids: Sequence[int]) -> list[AskedTrial | None]:
+        """The settings of running trials, as far as they are not set by the sampler; None for those ended elsewhere."""
+        optimizer = _contestant(place)
+        numbers = [self._storage.get_trial_number_from_id(trial_id) for trial_id in trial_ids]
         # A study keeps the trials it has seen until its own next `ask` or `tell`: a new one sees what others told.
         # A new sampler, as one that starts again from the same seed would draw the points of its last life again.
         study = optuna.load_study(
             study_name=study_name(self.spec.name, place),
             storage=self._storage,
-            sampler=make_sampler(self.spec, self._worker_seed, number),
+            sampler=optuna.samplers.RandomSampler(),
             pruner=self._study(place).pruner,
         )
-        trial = optuna.Trial(study, trial_id)
-        optimizer = _contestant(place)
-        try:
-            params = {
-                name: _suggest_one(trial, name, distribution)
-                for name, distribution in self._distributions[optimizer].items()
-            }
-        except optuna.exceptions.UpdateFinishedTrialError:
-            raise TrialLostError(f"trial {number} of {place} was ended by another worker") from None
-        return AskedTrial(trial_id, number, settings(self.spec, optimizer, params))
+        space = self._distributions[optimizer]
+        sampler_of = make_samplers(self.spec, space, self._worker_seed, min(numbers))
+        drawn: dict[int, Mapping[str, Any]] = {}
+        for trial_id, number in zip(trial_ids, numbers, strict=True):
+            study.sampler = sampler_of(number)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial = optuna.Trial(study, trial_id)
+                drawn[trial_id] = {name: _suggest_one(trial, name, d) for name, d in space.items()}
+        lost = self._storage.flush()
+        return [
+            AskedTrial(trial_id, number, settings(self.spec, optimizer, drawn[trial_id]))
+            if trial_id in drawn and trial_id not in lost
+            else None
+            for trial_id, number in zip(trial_ids, numbers, strict=True)
+        ]
 
     def _study(self, place: str) -> optuna.Study:
         """The Optuna study of a place, made if it is not there; nobody asks its sampler."""
@@ -328,22 +355,31 @@ def check_optuna(database: Database) -> None:
         open_storage(database).engine.dispose()
 
 
-def make_sampler(spec: StudySpec, worker_seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of a study file for one trial. Designs (grid, qmc) are drawn in advance and need none.
+def make_samplers(
+    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], worker_seed: int, first: int
+) -> Callable[[int], optuna.samplers.BaseSampler]:
+    """The samplers of a study file for a batch of trials, by a trial's number.
+
+    Designs (grid, qmc) are drawn in advance and need none.
 
     Args:
         spec: the study.
+        space: Optuna's parameters of the contestant.
         worker_seed: makes several workers draw different points.
-        number: the trial's number; each is drawn with a seed of its own.
+        first: number of the first trial of the batch; each batch is drawn with a seed of its own.
     """
-    seed = int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0])
-    sampler = _broad_sampler(spec, seed)
-    if spec.sampler.refine is None or number < (first := spec.budget.trials - spec.sampler.refine):
-        return sampler
-    return SimplexSampler(first, maximize=spec.objective.direction == "maximize", before=sampler)
+    seed = int(np.random.SeedSequence((spec.seed, worker_seed, first)).generate_state(1)[0])
+    broad = _broad_sampler(spec, space, seed)
+    if spec.sampler.refine is None:
+        return lambda number: broad
+    begin = spec.budget.trials - spec.sampler.refine
+    simplex = SimplexSampler(begin, maximize=spec.objective.direction == "maximize", before=broad)
+    return lambda number: broad if number < begin else simplex
 
 
-def _broad_sampler(spec: StudySpec, seed: int) -> optuna.samplers.BaseSampler:
+def _broad_sampler(
+    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], seed: int
+) -> optuna.samplers.BaseSampler:
     match spec.sampler.name:
         case "gp":
             return optuna.samplers.GPSampler(seed=seed)
@@ -354,7 +390,7 @@ def _broad_sampler(spec: StudySpec, seed: int) -> optuna.samplers.BaseSampler:
                 seed=seed, independent_sampler=independent, warn_independent_sampling=False
             )
         case "tpe":
-            return optuna.samplers.TPESampler(seed=seed)
+            return BatchTPESampler(space, seed)
         case _:
             return optuna.samplers.RandomSampler(seed=seed)
 
@@ -364,9 +400,9 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     pruner = spec.pruner
     match pruner.name:
         case "successive_halving":
-            return optuna.pruners.SuccessiveHalvingPruner(pruner.min_epochs, pruner.reduction_factor)
+            return BatchHalvingPruner(pruner.min_epochs, pruner.reduction_factor)
         case "hyperband":
-            return optuna.pruners.HyperbandPruner(pruner.min_epochs, spec.budget.epochs, pruner.reduction_factor)
+            return BatchHyperbandPruner(pruner.min_epochs, spec.budget.epochs, pruner.reduction_factor)
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=0)
         case _:

@@ -1,68 +1,125 @@
-"""Optuna's trials as a worker reads them: anew from the database once per batch of trials, not once per trial."""
+"""Optuna's trials as a worker has them: a batch of them is read once, and written once."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages._cached_storage import _CachedStorage
-from optuna.trial import FrozenTrial
+from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
+from optuna.trial import FrozenTrial, TrialState
+
+from momentum_tuner.database import Database
+from momentum_tuner.trial_tables import TrialWrites, create_trials, read_trials, write_trials
 
 
 class TrialCache(_CachedStorage):
     """Optuna's cache of finished trials, which within a batch keeps those that run too.
 
     Whoever asks for a trial or prunes one wants all trials of its study, and those that run are read from the database
-    each time: for a batch of trials that grows with its square.
+    each time: for a batch of trials that grows with its square. And each report, each parameter and each end of a trial
+    is a transaction of its own. Within a batch, trials are read once, and what is written is kept until its end.
 
     Args:
         backend: the storage.
+        database: the same database.
     """
 
-    def __init__(self, backend: optuna.storages.RDBStorage) -> None:
+    def __init__(self, backend: optuna.storages.RDBStorage, database: Database) -> None:
         super().__init__(backend)
+        self._database = database
         self._read: set[int] | None = None
+        self._writes = TrialWrites()
+        self._batches = 0
+
+    @property
+    def batch_number(self) -> int | None:
+        """Which batch this is, None outside of one: what is computed from all trials holds as long as it lasts."""
+        return None if self._read is None else self._batches
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Meanwhile what others write of a study is seen as it was when its trials were first wanted."""
-        before, self._read = self._read, set()
+        """Meanwhile what others write of a study is seen as it was when its trials were first wanted.
+
+        What this batch wrote is in the database at its end, but for trials that others have finished meanwhile; if it
+        ends by an error, nothing is that was not flushed.
+        """
+        if self._read is not None:
+            yield
+            return
+        self._read = set()
+        self._batches += 1
         try:
             yield
+            self.flush()
         finally:
-            self._read = before
+            self._read, self._writes = None, TrialWrites()
+
+    def flush(self) -> set[int]:
+        """Write what the batch has to write; returns the trials that others have finished, whose part is dropped."""
+        if not self._writes.trial_ids:
+            return set()
+        with self._database.write() as session:
+            lost = write_trials(session, self._writes)
+        self._writes = TrialWrites()
+        return lost
+
+    def create_trials(self, study_id: int, templates: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """New running trials, with the next numbers, in order; in the database when this returns."""
+        with self._database.write() as session:
+            made = create_trials(session, study_id, templates)
+        with self._lock:
+            self._studies.setdefault(study_id, _StudyInfo())
+            self._add_trials_to_cache(study_id, made)
+        return made
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         if self._read is not None and study_id in self._read:
             return
-        super()._read_trials_from_remote_storage(study_id)
+        study = self._studies.setdefault(study_id, _StudyInfo())
+        with self._database.read() as session:
+            trials = read_trials(session, study_id, study.unfinished_trial_ids, study.last_finished_trial_id)
+        with self._lock:
+            self._add_trials_to_cache(study_id, trials)
+            for trial in trials:
+                if not trial.state.is_finished():
+                    study.unfinished_trial_ids.add(trial._trial_id)
+                else:
+                    study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
+                    study.unfinished_trial_ids.discard(trial._trial_id)
         if self._read is not None:
             self._read.add(study_id)
 
-    def _keep(self, trial_id: int, section: str, name: Any, value: Any) -> None:
-        """Add what was written to the cached trial, if it is kept in this batch.
-
-        It becomes another object: who was given the trial before goes on with what it was, as from the database.
-        """
-        known = self._known(trial_id)
-        if known is not None:
-            changed = copy.copy(known)
-            setattr(changed, section, {**getattr(changed, section), name: value})
-            self._studies[self._trial_id_to_study_id_and_number[trial_id][0]].trials[known.number] = changed
-
     def _known(self, trial_id: int) -> FrozenTrial | None:
-        """The cached trial, if it is kept in this batch."""
-        if not self._read or trial_id not in self._trial_id_to_study_id_and_number:
+        """The trial as the batch has it, read if need be; None outside of a batch, or if this cache never saw it."""
+        if self._read is None or trial_id not in self._trial_id_to_study_id_and_number:
             return None
         study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        return self._studies[study_id].trials.get(number) if study_id in self._read else None
+        self._read_trials_from_remote_storage(study_id)
+        return self._studies[study_id].trials[number]
+
+    def _keep(self, trial_id: int, section: str, name: Any, value: Any) -> bool:
+        """Add what is written to the trial as the batch has it; False if it has it not.
+
+        It becomes another object: who was given the trial before goes on with what it was, as from the database.
+
+        Raises:
+            UpdateFinishedTrialError: it is finished.
+        """
+        known = self._known(trial_id)
+        if known is None:
+            return False
+        self.check_trial_is_updatable(trial_id, known.state)
+        changed = copy.copy(known)
+        setattr(changed, section, {**getattr(changed, section), name: value})
+        self._studies[self._trial_id_to_study_id_and_number[trial_id][0]].trials[known.number] = changed
+        return True
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        """The trial; in a batch as it is kept. That others have finished it meanwhile, the next write finds out."""
+        """The trial; in a batch as it is kept. That others have finished it, the end of the batch finds out."""
         known = self._known(trial_id)
         return super().get_trial(trial_id) if known is None else known
 
@@ -75,22 +132,39 @@ class TrialCache(_CachedStorage):
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        """Write it, and keep what was written."""
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        self._keep(trial_id, "distributions", param_name, distribution)
-        self._keep(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
+        """Write it, in a batch at its end."""
+        if self._keep(trial_id, "distributions", param_name, distribution):
+            self._keep(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
+            self._writes.params[trial_id, param_name] = (param_value_internal, distribution)
+        else:
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        """Write it, and keep what was written."""
-        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
-        self._keep(trial_id, "intermediate_values", step, intermediate_value)
+        """Write it, in a batch at its end."""
+        if self._keep(trial_id, "intermediate_values", step, intermediate_value):
+            self._writes.reports[trial_id, step] = intermediate_value
+        else:
+            super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Write it, and keep what was written."""
-        super().set_trial_system_attr(trial_id, key, value)
-        self._keep(trial_id, "system_attrs", key, value)
+        """Write it, in a batch at its end."""
+        if self._keep(trial_id, "system_attrs", key, value):
+            self._writes.system_attrs[trial_id, key] = value
+        else:
+            super().set_trial_system_attr(trial_id, key, value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Write it, and keep what was written."""
-        super().set_trial_user_attr(trial_id, key, value)
-        self._keep(trial_id, "user_attrs", key, value)
+        """Write it, in a batch at its end."""
+        if self._keep(trial_id, "user_attrs", key, value):
+            self._writes.user_attrs[trial_id, key] = value
+        else:
+            super().set_trial_user_attr(trial_id, key, value)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Write it, in a batch at its end; until then the trial runs."""
+        known = self._known(trial_id)
+        if known is None or not state.is_finished():
+            return super().set_trial_state_values(trial_id, state, values)
+        self.check_trial_is_updatable(trial_id, known.state)
+        self._writes.ends[trial_id] = (state, values)
+        return True

@@ -21,7 +21,7 @@ from momentum_tuner.search import (
     delete_optuna_studies,
     design,
     make_pruner,
-    make_sampler,
+    make_samplers,
     study_name,
 )
 from momentum_tuner.space import distributions, params_of
@@ -163,7 +163,7 @@ def test_each_of_many_trials_asked_in_a_row_is_drawn_from_all_that_was_told_befo
                 seen.append((states.count(TrialState.COMPLETE), states.count(TrialState.RUNNING)))
             return super().sample_independent(study, trial, name, distribution)
 
-    monkeypatch.setattr("momentum_tuner.search.make_sampler", lambda spec, worker_seed, number: Recorder(seed=number))
+    monkeypatch.setattr("momentum_tuner.search.make_samplers", lambda *_: lambda number: Recorder(seed=number))
     asking, other = search(make_spec(space=SPACE)), search(make_spec(space=SPACE))
     for ticket in range(3):
         asking.ask("nesterov", ticket)
@@ -427,7 +427,7 @@ def test_a_trial_that_is_ended_while_it_is_asked_for_is_lost(search, make_spec, 
         return suggest(place, trial_id)
 
     monkeypatch.setattr(zombie, "_suggest", late)
-    with pytest.raises(TrialLostError, match="trial 0 of nesterov was ended by another worker"):
+    with pytest.raises(TrialLostError, match="the trial of ticket 1 was ended by another worker"):
         zombie.ask("nesterov", 1)
 
 
@@ -651,7 +651,7 @@ def test_the_samplers_are_made_from_the_study(make_spec):
         "random": optuna.samplers.RandomSampler,
     }
     for name, expected in classes.items():
-        assert isinstance(make_sampler(make_spec(sampler={"name": name}), 0, 0), expected)
+        assert isinstance(make_samplers(make_spec(sampler={"name": name}), {}, 0, 0)(0), expected)
 
 
 # PostgreSQL, several processes, deletion

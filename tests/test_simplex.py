@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from momentum_tuner.database import Ticket, migrate
-from momentum_tuner.search import DIVERGED, design, make_sampler
+from momentum_tuner.search import DIVERGED, design, make_samplers
 from momentum_tuner.simplex import SimplexSampler
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tickets import find_study, submit_study
@@ -114,9 +114,11 @@ def test_a_trial_that_diverged_failed_or_was_pruned_is_no_place_to_begin():
 
 def test_the_last_trials_of_a_study_are_refined_if_its_file_says_so(make_spec):
     spec = make_spec(sampler={"name": "tpe", "refine": 3}, budget={"trials": 10, "epochs": 20})
-    assert isinstance(make_sampler(spec, 0, 6), optuna.samplers.TPESampler)
-    assert isinstance(make_sampler(spec, 0, 7), SimplexSampler)
-    assert isinstance(make_sampler(make_spec(budget={"trials": 10, "epochs": 20}), 0, 10), optuna.samplers.TPESampler)
+    assert isinstance(make_samplers(spec, {}, 0, 6)(6), optuna.samplers.TPESampler)
+    assert isinstance(make_samplers(spec, {}, 0, 6)(7), SimplexSampler)
+    assert isinstance(
+        make_samplers(make_spec(budget={"trials": 10, "epochs": 20}), {}, 0, 10)(10), optuna.samplers.TPESampler
+    )
 
 
 # The tuner finds theory

@@ -1,96 +1,147 @@
-"""Within a batch trials are asked for and pruned as they would be one by one, but read once."""
+"""A batch of trials is read once and written once, and is what Optuna's own storage would have made of it."""
 
 import math
-from contextlib import nullcontext
 
 import optuna
 import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
-from momentum_tuner.database import Database, migrate
-from momentum_tuner.search import Search
+from momentum_tuner import trial_cache
+from momentum_tuner.search import TICKET, Search
+from momentum_tuner.trial_tables import read_trials
 
-SLOTS, EPOCHS = 8, 9
+SPACE = {
+    "learning_rate": FloatDistribution(1e-4, 1.0, log=True),
+    "batch_size": IntDistribution(16, 256, log=True),
+    "clip_norm": CategoricalDistribution((1.0, math.inf)),
+}
 
 
 @pytest.fixture
-def open_search(tmp_path):
-    """A function that opens the search of a study in a database of its own; each is closed at the end."""
-    opened = []
-
-    def open_it(name, spec):
-        database = Database(f"sqlite:///{tmp_path / name}.db")
-        migrate(database)
-        search = Search(database, spec)
-        opened.append((search, database))
-        return search
-
-    yield open_it
-    for search, database in opened:
-        search.close()
-        database.close()
+def search(database, make_spec):
+    """The search of a study."""
+    one = Search(database, make_spec(optimizers=["momentum"], budget={"trials": 64, "epochs": 9}))
+    yield one
+    one.close()
 
 
-def study(make_spec, **sections):
-    return make_spec(optimizers=["momentum"], budget={"trials": 64, "epochs": EPOCHS}, **sections)
+def same(found, expected):
+    """Whether trials are equal; NaN equals NaN."""
+    return [repr(sorted(vars(t).items())) for t in found] == [repr(sorted(vars(t).items())) for t in expected]
 
 
-def valley(settings, epoch):
-    effective = math.log10(settings["learning_rate"] / (1.0 - settings["momentum"]))
-    return (effective + 1.0) ** 2 + 1.0 / (1 + epoch)
+def test_trials_are_read_as_optuna_reads_them(search, database):
+    """Every kind of value, state and attribute; some trials by their ids, the others as newer than one."""
+    study = search._study("momentum")
+    backend = search._backend
+    for n in range(12):
+        trial = study.ask(SPACE if n % 3 else {"learning_rate": SPACE["learning_rate"]})
+        for step, value in enumerate((0.5, math.inf, -math.inf, math.nan)[: n % 5]):
+            trial.report(value, step)
+        trial.set_user_attr(TICKET, n)
+        trial.set_constraint("diverged", float(n % 2))
+        if n % 4:
+            values = {1: {"values": 0.1 * n}, 2: {"state": TrialState.PRUNED}, 3: {"state": TrialState.FAIL}}[n % 4]
+            study.tell(trial, **values)
+    everything = backend._get_trials(study._study_id, None, set(), -1)
+    with database.read() as session:
+        assert same(read_trials(session, study._study_id, (), -1), everything)
+        known = {everything[2]._trial_id, everything[9]._trial_id}
+        found = read_trials(session, study._study_id, known, everything[6]._trial_id)
+    assert same(found, [everything[2], *everything[7:]])
 
 
-def rounds(search, spec, count, batched):
-    """Settings, and who was pruned where, of rounds of trials that train side by side as a worker's slots do."""
+def test_a_batch_leaves_what_single_calls_leave(search, database):
+    """The same calls on Optuna's cache, and in a batch; only ids, numbers and times differ."""
+    study = search._study("momentum")
+    left = []
+    for batched in (False, True):
+        storage = search._storage if batched else optuna.storages._cached_storage._CachedStorage(search._backend)
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params={"learning_rate": 0.5},
+            distributions={"learning_rate": SPACE["learning_rate"]},
+            user_attrs={TICKET: 7},
+        )
 
-    def batch():
-        return search.batch() if batched else nullcontext()
+        def write(storage, ids):
+            for n, trial_id in enumerate(ids):
+                storage.set_trial_param(trial_id, "batch_size", 32, SPACE["batch_size"])
+                storage.set_trial_param(trial_id, "clip_norm", 1, SPACE["clip_norm"])
+                for step, value in enumerate((0.5, math.inf, -math.inf, math.nan)):
+                    storage.set_trial_intermediate_value(trial_id, step, 9.0)
+                    storage.set_trial_intermediate_value(trial_id, step, value)
+                storage.set_trial_system_attr(trial_id, "completed_rung_0", 0.25)
+                storage.set_trial_user_attr(trial_id, "note", {"a": [1, None]})
+                state = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, None)[n]
+                if state is not None:
+                    storage.set_trial_state_values(trial_id, state, [0.5] if n < 2 else None)
 
-    seen = []
-    for turn in range(count):
-        with batch():
-            asked = [search.ask("momentum", turn * SLOTS + i) for i in range(SLOTS)]
-        seen += [trial.settings for trial in asked]
-        left = list(asked)
-        for rung in spec.rungs():
-            with batch():
-                for trial in list(left):
-                    search.report("momentum", trial.trial_id, rung, valley(trial.settings, rung))
-                    if search.should_prune("momentum", trial.trial_id):
-                        seen.append((rung, trial.number))
-                        left.remove(trial)
-                        search.tell("momentum", trial.trial_id, "pruned", None)
-        for trial in left:
-            search.tell("momentum", trial.trial_id, "complete", valley(trial.settings, EPOCHS))
-    return seen
+        if batched:
+            ids = [trial._trial_id for trial in storage.create_trials(study._study_id, [template] * 4)]
+            with storage.batch():
+                write(storage, ids)
+        else:
+            ids = [storage.create_new_trial(study._study_id, template) for _ in range(4)]
+            write(storage, ids)
+        left.append([search._backend.get_trial(trial_id) for trial_id in ids])
+    single, batch = left
+    assert [t.number for t in single + batch] == list(range(8))
+    assert [t.state for t in batch] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
+    for one, other in zip(single, batch, strict=True):
+        assert (one.datetime_complete is None) == (other.datetime_complete is None)
+        if other.datetime_start is not None and other.datetime_complete is not None:
+            assert other.datetime_complete >= other.datetime_start
+        for name in ("number", "_trial_id", "datetime_start", "datetime_complete"):
+            for trial in (one, other):
+                setattr(trial, name, None) if name != "number" else vars(trial).update(_number=0)
+    assert same(single, batch)
 
 
-@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median"])
-def test_a_batch_gives_the_same_trials_and_prunes_the_same_as_one_by_one(make_spec, open_search, pruner):
-    spec = study(make_spec, pruner={"name": pruner})
-    one_by_one = rounds(open_search("single", spec), spec, 4, batched=False)
-    assert rounds(open_search("batch", spec), spec, 4, batched=True) == one_by_one
-    assert any(isinstance(entry, tuple) for entry in one_by_one)
+def test_a_trial_that_another_finished_is_left_as_it_is_and_the_rest_of_the_batch_is_written(search, database):
+    other = Search(database, search.spec, worker_seed=1)
+    mine, lost = (search.ask("momentum", ticket) for ticket in (1, 2))
+    with search.batch():
+        for trial in (mine, lost):
+            search.report("momentum", trial.trial_id, 1, 0.5)
+        other.tell("momentum", lost.trial_id, "failed", None)
+        search.tell("momentum", mine.trial_id, "complete", 0.5)
+        search.tell("momentum", lost.trial_id, "complete", 0.25)
+    left = {t._trial_id: t for t in search._backend._get_trials(search._study("momentum")._study_id, None, set(), -1)}
+    assert (left[mine.trial_id].state, left[mine.trial_id].values) == (TrialState.COMPLETE, [0.5])
+    assert left[mine.trial_id].intermediate_values == {1: 0.5}
+    assert (left[lost.trial_id].state, left[lost.trial_id].values) == (TrialState.FAIL, None)
+    assert left[lost.trial_id].intermediate_values == {}
+    other.close()
 
 
-def test_a_batch_reads_the_trials_of_others_once_and_the_next_batch_sees_what_they_wrote(
-    make_spec, open_search, monkeypatch
-):
-    spec = study(make_spec)
-    search = open_search("one", spec)
-    other = Search(search._database, spec, worker_seed=1)
+def test_a_batch_that_ends_by_an_error_writes_nothing_and_the_next_one_sees_nothing_of_it(search):
+    trial = search.ask("momentum", 1)
+
+    def half():
+        with search.batch():
+            search.report("momentum", trial.trial_id, 1, 0.5)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert search.reported("momentum", trial.trial_id) == set()
+    search.report("momentum", trial.trial_id, 3, 0.5)
+    assert search.reported("momentum", trial.trial_id) == {3}
+
+
+def test_a_batch_reads_once_and_the_next_batch_sees_what_others_wrote(search, database, monkeypatch):
+    other = Search(database, search.spec, worker_seed=1)
     reads = []
-    read = optuna.storages.RDBStorage._get_trials
-    monkeypatch.setattr(
-        optuna.storages.RDBStorage,
-        "_get_trials",
-        lambda *args, **options: reads.append(options) or read(*args, **options),
-    )
+    monkeypatch.setattr(trial_cache, "read_trials", lambda *args: reads.append(args) or read_trials(*args))
     first = search.ask("momentum", 1)
-    reads.clear()
 
     def others():
         return {t.number: t.state for t in search._study("momentum").get_trials(deepcopy=False)}
 
+    reads.clear()
     with search.batch():
         before = others()
         asked = other.ask("momentum", 2)
@@ -101,5 +152,24 @@ def test_a_batch_reads_the_trials_of_others_once_and_the_next_batch_sees_what_th
     with search.batch():
         assert set(others()) == {first.number, asked.number}
     other.tell("momentum", asked.trial_id, "complete", 0.1)
-    assert others()[asked.number] is optuna.trial.TrialState.COMPLETE
+    assert others()[asked.number] is TrialState.COMPLETE
     other.close()
+
+
+def test_a_batch_has_a_number_of_statements_that_does_not_grow_with_it(search, database):
+    statements = []
+    sa.event.listen(database.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    sa.event.listen(search._backend.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    counts = []
+    for size in (2, 16):
+        statements.clear()
+        asked = search.ask_all("momentum", [(ticket, None) for ticket in range(size)])
+        with search.batch():
+            for trial in asked:
+                search.report("momentum", trial.trial_id, 1, 0.5)
+                search.should_prune("momentum", trial.trial_id)
+        with search.batch():
+            for trial in asked:
+                search.tell("momentum", trial.trial_id, "complete", 0.5)
+        counts.append(len(statements))
+    assert counts[0] == counts[1] < 60

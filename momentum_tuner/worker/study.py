@@ -12,7 +12,7 @@ from momentum_tuner.database import Database
 from momentum_tuner.errors import MomentumTunerError, StorageError
 from momentum_tuner.faults import crash_point
 from momentum_tuner.metrics import Target, TrialMeasures, objective_value, trial_measures
-from momentum_tuner.search import Search, TrialLostError
+from momentum_tuner.search import AskedTrial, Search
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Loop, Task, check_objective
 from momentum_tuner.tickets import (
@@ -131,8 +131,7 @@ class StudyWorker:
             self._show_width()
             self._note_trials()
             self._record()
-            with self.search.batch():
-                self._judge()
+            self._judge()
             self._finish()
             self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
@@ -177,23 +176,30 @@ class StudyWorker:
     def _judge(self) -> None:
         """Report rungs to Optuna, and end the trials that the pruner stops; none of a confirmation."""
         aim = self.spec.objective.at_rungs
-        for held in self._in(Stage.TRAINING):
-            if held.claim.kind == "confirm" or not held.records or held.judged == held.records[-1].epoch:
-                continue
-            last = held.records[-1].epoch
-            trial_id = held.claim.trial_id
-            assert trial_id is not None
-            reported = None
-            for rung in (r for r in self.rungs if r <= last and (r not in held.reported or r == last)):
-                value = rung_value(aim.metric, held.records[: rung + 1], aim.maximize)
-                if value is not None:
-                    self.search.report(held.claim.place, trial_id, rung, value)
-                    crash_point("reported")
-                    reported = value
-                held.reported.add(rung)
-            if reported is not None and self.search.should_prune(held.claim.place, trial_id):
-                self._end(held, Result("pruned", reported, flat_measures(self._measures(held))))
-            held.judged = last
+        judged: list[tuple[Held, set[int], float | None]] = []
+        with self.search.batch():
+            for held in self._in(Stage.TRAINING):
+                if held.claim.kind == "confirm" or not held.records or held.judged == held.records[-1].epoch:
+                    continue
+                last = held.records[-1].epoch
+                trial_id = held.claim.trial_id
+                assert trial_id is not None
+                rungs = {r for r in self.rungs if r <= last and (r not in held.reported or r == last)}
+                reported = None
+                for rung in sorted(rungs):
+                    value = rung_value(aim.metric, held.records[: rung + 1], aim.maximize)
+                    if value is not None:
+                        self.search.report(held.claim.place, trial_id, rung, value)
+                        reported = value
+                stops = reported is not None and self.search.should_prune(held.claim.place, trial_id)
+                judged.append((held, rungs, reported if stops else None))
+        if any(rungs for _, rungs, _ in judged):
+            crash_point("reported")
+        for held, rungs, stopped_at in judged:
+            held.reported |= rungs
+            held.judged = held.records[-1].epoch
+            if stopped_at is not None:
+                self._end(held, Result("pruned", stopped_at, flat_measures(self._measures(held))))
 
     def _finish(self) -> None:
         """Fence results, tell Optuna, and be done with the tickets."""
@@ -203,10 +209,14 @@ class StudyWorker:
             crash_point("fenced")
             for held in self._drop_lost(ended, {c.ticket_id for c, _ in kept}):
                 held.stage = Stage.FENCED
-        for held in self._in(Stage.FENCED):
-            assert held.result is not None
-            self._tell(held, held.result)
+        fenced = self._in(Stage.FENCED)
+        with self.search.batch():
+            for held in fenced:
+                assert held.result is not None
+                self._tell(held, held.result)
+        for held in fenced:
             held.stage = Stage.TOLD
+        if fenced:
             crash_point("told")
         told = self._in(Stage.TOLD)
         if told:
@@ -256,14 +266,7 @@ class StudyWorker:
 
     def _prepare(self) -> None:
         """Ask Optuna for the settings of claimed tickets, find where their trials go on, and admit them."""
-        with self.search.batch():
-            for held in self._in(Stage.CLAIMED):
-                if held.claim.trial_id is None or held.claim.settings is None:
-                    try:
-                        self._ask(held)
-                    except TrialLostError as error:
-                        logger.warning("ticket %d was adopted by another worker: %s", held.claim.ticket_id, error)
-                        self._forget([held])
+        self._ask([h for h in self._in(Stage.CLAIMED) if h.claim.trial_id is None or h.claim.settings is None])
         claimed = self._in(Stage.CLAIMED)
         going_on = [h for h in claimed if h.claim.generation > 1 and not h.recorded]
         if going_on:
@@ -273,15 +276,32 @@ class StudyWorker:
             if held.stage is Stage.CLAIMED:
                 self._admit(held, saved.get(held.claim.ticket_id))
 
-    def _ask(self, held: Held) -> None:
-        """Its Optuna trial: one that was asked for but never noted, or a new one."""
-        claim = held.claim
-        asked = self.search.recall(claim.place, claim.ticket_id) if held.asked else None
-        held.asked = True
-        if asked is None:
-            asked = self.search.ask(claim.place, claim.ticket_id, claim.fixed)
-        held.claim = with_trial(claim, asked.trial_id, asked.number, claim.settings or asked.settings)
-        crash_point("asked")
+    def _ask(self, asking: Sequence[Held]) -> None:
+        """Their Optuna trials: one that was asked for but never noted, or a new one."""
+        new: dict[str, list[Held]] = {}
+        with self.search.batch():
+            for held in asking:
+                found = self.search.recall(held.claim.place, held.claim.ticket_id) if held.asked else None
+                if found is not None:
+                    self._take(held, found)
+                else:
+                    new.setdefault(held.claim.place, []).append(held)
+        for place, these in new.items():
+            for held in these:
+                held.asked = True
+            trials = self.search.ask_all(place, [(h.claim.ticket_id, h.claim.fixed) for h in these])
+            for held, trial in zip(these, trials, strict=True):
+                self._take(held, trial)
+            crash_point("asked")
+
+    def _take(self, held: Held, trial: AskedTrial | None) -> None:
+        """Let a ticket have its trial; None is one that was failed as it was asked for, as the ticket was adopted."""
+        if trial is None:
+            logger.warning("ticket %d was adopted by another worker while its trial began", held.claim.ticket_id)
+            self._forget([held])
+        else:
+            settings = held.claim.settings or trial.settings
+            held.claim = with_trial(held.claim, trial.trial_id, trial.number, settings)
 
     def _recall(self, going_on: Sequence[Held]) -> None:
         """What the database has of trials that others began."""

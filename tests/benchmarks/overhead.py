@@ -142,10 +142,11 @@ class Bench:
         self.seconds = {}
         with self.timed("claim"):
             held = self._claim(slots)
-        with self.timed("ask"), self.search.batch():
-            for i, one in enumerate(held):
-                asked = self.search.ask(one.place, one.ticket_id, one.fixed)
-                held[i] = with_trial(one, asked.trial_id, asked.number, asked.settings)
+        with self.timed("ask"):
+            asked = self.search.ask_all(PLACE, [(one.ticket_id, one.fixed) for one in held])
+            for i, (one, trial) in enumerate(zip(held, asked, strict=True)):
+                assert trial is not None
+                held[i] = with_trial(one, trial.trial_id, trial.number, trial.settings)
             set_trials(self.database, held, list(range(slots)))
         self._settle(held)
         with self.timed("publish"):
@@ -174,10 +175,8 @@ class Bench:
             distributions=space,
             user_attrs={TICKET: one.ticket_id},
         )
-        storage = self.search._storage
-        trial_id = storage.create_new_trial(self.search._study(PLACE)._study_id, template)
-        number = storage.get_trial_number_from_id(trial_id)
-        return with_trial(one, trial_id, number, settings(self.spec, PLACE, sampled))
+        (made,) = self.search._storage.create_trials(self.search._study(PLACE)._study_id, [template])
+        return with_trial(one, made._trial_id, made.number, settings(self.spec, PLACE, sampled))
 
     def _settle(self, held: Sequence[Claim]) -> None:
         """From the first record to the end of the tickets."""
@@ -196,9 +195,10 @@ class Bench:
         results = [(one, Result("complete", offsets[one.ticket_id], {"final_valid_loss": 0.1})) for one in held]
         with self.timed("tell"):
             begin_finish(self.database, results)
-            for one, result in results:
-                assert one.trial_id is not None
-                self.search.tell(one.place, one.trial_id, result.outcome, result.value)
+            with self.search.batch():
+                for one, result in results:
+                    assert one.trial_id is not None
+                    self.search.tell(one.place, one.trial_id, result.outcome, result.value)
             end_finish(self.database, held)
 
 

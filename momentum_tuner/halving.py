@@ -1,0 +1,85 @@
+"""Optuna's successive halving and Hyperband for a batch of trials: what others reached at a rung is looked at once."""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import optuna
+from optuna.pruners._successive_halving import _completed_rung_key, _get_current_rung
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+from momentum_tuner.trial_cache import TrialCache
+
+
+class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
+    """Decides as Optuna's own pruner does, and leaves the same marks on the trials.
+
+    Optuna collects and sorts the values of all trials at a rung for each trial that it judges. Here they are kept,
+    sorted, as long as the storage's batch lasts.
+
+    Args:
+        min_resource: epochs at the first rung.
+        reduction_factor: one of so many trials goes on from each rung.
+        min_early_stopping_rate: how many rungs are left out.
+    """
+
+    def __init__(self, min_resource: int, reduction_factor: int, min_early_stopping_rate: int = 0) -> None:
+        super().__init__(min_resource, reduction_factor, min_early_stopping_rate)
+        self._batch: int | None = None
+        self._values: dict[str, list[float]] = {}
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial ends at the rung that it has reached."""
+        step = trial.last_step
+        if step is None:
+            return False
+        assert self._min_resource is not None
+        value = trial.intermediate_values[step]
+        rung = _get_current_rung(trial)
+        while step >= self._min_resource * self._reduction_factor ** (self._min_early_stopping_rate + rung):
+            if math.isnan(value):
+                return True
+            key = _completed_rung_key(rung)
+            reached = self._reached(study, key)
+            bisect.insort(reached, value)
+            study._storage.set_trial_system_attr(trial._trial_id, key, value)
+            last = (
+                max(len(reached) // self._reduction_factor, 1) - 1
+            )  # the first ones go on if they are the best so far
+            if value > reached[last] if study.direction is StudyDirection.MINIMIZE else value < reached[-1 - last]:
+                return True
+            rung += 1
+        return False
+
+    def _reached(self, study: optuna.Study, key: str) -> list[float]:
+        """The values at a rung, sorted."""
+        batch = study._storage.batch_number if isinstance(study._storage, TrialCache) else None
+        if batch is None or batch != self._batch:
+            self._values.clear()
+        self._batch = batch
+        if key not in self._values:
+            trials = study.get_trials(deepcopy=False)
+            self._values[key] = sorted(t.system_attrs[key] for t in trials if key in t.system_attrs)
+        return self._values[key]
+
+
+class BatchHyperbandPruner(optuna.pruners.HyperbandPruner):
+    """Optuna's Hyperband, whose brackets halve as above.
+
+    Args:
+        min_resource: epochs at the first rung of the first bracket.
+        max_resource: epochs of a trial.
+        reduction_factor: one of so many trials goes on from each rung.
+    """
+
+    def __init__(self, min_resource: int, max_resource: int, reduction_factor: int) -> None:
+        super().__init__(min_resource, max_resource, reduction_factor)
+        self._factor = reduction_factor
+
+    def _try_initialization(self, study: optuna.Study) -> None:
+        super()._try_initialization(study)
+        self._pruners = [
+            BatchHalvingPruner(self._min_resource, self._factor, bracket) for bracket in range(len(self._pruners))
+        ]

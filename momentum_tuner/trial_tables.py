@@ -1,0 +1,266 @@
+"""Optuna's trials in the database, many at a time: its own storage reads and writes them one by one.
+
+The tables are Optuna's, by its own models. `Search` refuses a database whose tables are of another version.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.storages._rdb.models import (
+    StudyModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+_AT_ONCE = 10_000
+"""Most ids in one statement."""
+
+
+@dataclass
+class TrialWrites:
+    """What is to be written of running trials, by trial and name; the last value of a name holds.
+
+    Attributes:
+        params: internal values with their distributions, by parameter.
+        reports: values reported, by step.
+        system_attrs: by key.
+        user_attrs: by key.
+        ends: states of trials that end, with their values if they have any.
+    """
+
+    params: dict[tuple[int, str], tuple[float, BaseDistribution]] = field(default_factory=dict)
+    reports: dict[tuple[int, int], float] = field(default_factory=dict)
+    system_attrs: dict[tuple[int, str], Any] = field(default_factory=dict)
+    user_attrs: dict[tuple[int, str], Any] = field(default_factory=dict)
+    ends: dict[int, tuple[TrialState, Sequence[float] | None]] = field(default_factory=dict)
+
+    @property
+    def trial_ids(self) -> list[int]:
+        """The trials that are written to, in order, so that whoever locks them does so in the same order."""
+        parts = (self.params, self.reports, self.system_attrs, self.user_attrs)
+        return sorted({trial_id for part in parts for trial_id, _ in part} | set(self.ends))
+
+
+def read_trials(session: Session, study_id: int, known: Collection[int], after: int) -> list[FrozenTrial]:
+    """Trials of a study as they are now, by their ids.
+
+    Args:
+        session: reads.
+        study_id: of Optuna.
+        known: ids of trials wanted, among those up to `after`.
+        after: those with a larger id are wanted too.
+    """
+    columns = (
+        TrialModel.trial_id,
+        TrialModel.number,
+        TrialModel.state,
+        TrialModel._datetime_start_utc,
+        TrialModel._datetime_complete_utc,
+    )
+    rows = list(
+        session.execute(sa.select(*columns).where(TrialModel.study_id == study_id, TrialModel.trial_id > after))
+    )
+    for part in _parts(sorted(trial_id for trial_id in known if trial_id <= after)):
+        rows += session.execute(sa.select(*columns).where(TrialModel.trial_id.in_(part)))
+    rows.sort()
+    ids = [row.trial_id for row in rows]
+    params: dict[int, dict[str, Any]] = defaultdict(dict)
+    distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
+    for trial_id, name, value, text in _read(
+        session, ids, TrialParamModel.param_id, "param_name", "param_value", "distribution_json"
+    ):
+        distribution = _distribution(text)
+        params[trial_id][name] = distribution.to_external_repr(value)
+        distributions[trial_id][name] = distribution
+    values: dict[int, dict[int, float]] = defaultdict(dict)
+    for trial_id, objective, value, kind in _read(
+        session, ids, TrialValueModel.trial_value_id, "objective", "value", "value_type"
+    ):
+        values[trial_id][objective] = TrialValueModel.stored_repr_to_value(value, kind)
+    reports: dict[int, dict[int, float]] = defaultdict(dict)
+    key = TrialIntermediateValueModel.trial_intermediate_value_id
+    for trial_id, step, value, kind in _read(
+        session, ids, key, "step", "intermediate_value", "intermediate_value_type"
+    ):
+        reports[trial_id][step] = TrialIntermediateValueModel.stored_repr_to_intermediate_value(value, kind)
+    attrs: list[dict[int, dict[str, Any]]] = []
+    for key in (TrialUserAttributeModel.trial_user_attribute_id, TrialSystemAttributeModel.trial_system_attribute_id):
+        attrs.append(defaultdict(dict))
+        for trial_id, name, text in _read(session, ids, key, "key", "value_json"):
+            attrs[-1][trial_id][name] = json.loads(text)
+    return [
+        FrozenTrial(
+            number=row.number,
+            state=row.state,
+            value=None,
+            values=[values[row.trial_id][i] for i in range(len(values[row.trial_id]))] or None,
+            datetime_start=_local(row._datetime_start_utc),
+            datetime_complete=_local(row._datetime_complete_utc),
+            params=params[row.trial_id],
+            distributions=distributions[row.trial_id],
+            user_attrs=attrs[0][row.trial_id],
+            system_attrs=attrs[1][row.trial_id],
+            intermediate_values=reports[row.trial_id],
+            trial_id=row.trial_id,
+        )
+        for row in rows
+    ]
+
+
+def create_trials(session: Session, study_id: int, templates: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """New running trials, with the next numbers of their study, in order.
+
+    Args:
+        session: a transaction that writes.
+        study_id: of Optuna.
+        templates: what each has from its beginning: parameters and user attributes.
+    """
+    # Locked as Optuna locks it: numbers are counts.
+    session.execute(sa.select(StudyModel.study_id).where(StudyModel.study_id == study_id).with_for_update()).one()
+    first = session.scalar(sa.select(sa.func.count()).where(TrialModel.study_id == study_id)) or 0
+    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    common = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": now}
+    numbers = range(first, first + len(templates))
+    session.connection().execute(sa.insert(TrialModel.__table__), [common | {"number": number} for number in numbers])
+    mine = (TrialModel.study_id == study_id, TrialModel.number >= first)
+    ids = session.scalars(sa.select(TrialModel.trial_id).where(*mine).order_by(TrialModel.number)).all()
+    writes, trials = TrialWrites(), []
+    for trial_id, number, template in zip(ids, numbers, templates, strict=True):
+        trial = copy.copy(template)
+        trial._trial_id, trial.number, trial.datetime_start = trial_id, number, _local(now)
+        trials.append(trial)
+        for name, distribution in trial.distributions.items():
+            writes.params[trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
+        writes.user_attrs |= {(trial_id, key): value for key, value in trial.user_attrs.items()}
+    write_trials(session, writes)
+    return trials
+
+
+def write_trials(session: Session, writes: TrialWrites) -> set[int]:
+    """Write to running trials; returns those that are not running any more: nothing is written to these.
+
+    Args:
+        session: a transaction that writes.
+        writes: what.
+    """
+    running: set[int] = set()
+    for part in _parts(writes.trial_ids):
+        found = (
+            sa.select(TrialModel.trial_id, TrialModel.state)
+            .where(TrialModel.trial_id.in_(part))
+            .order_by(TrialModel.trial_id)
+            .with_for_update()
+        )
+        running |= {trial_id for trial_id, state in session.execute(found) if state is TrialState.RUNNING}
+    _put(
+        session,
+        TrialParamModel,
+        [
+            {"trial_id": t, "param_name": name, "param_value": value, "distribution_json": distribution_to_json(d)}
+            for (t, name), (value, d) in writes.params.items()
+            if t in running
+        ],
+    )
+    _put(
+        session,
+        TrialIntermediateValueModel,
+        [
+            dict(
+                zip(
+                    ("trial_id", "step", "intermediate_value", "intermediate_value_type"),
+                    (t, step, *TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)),
+                    strict=True,
+                )
+            )
+            for (t, step), value in writes.reports.items()
+            if t in running
+        ],
+    )
+    for model, attrs in (
+        (TrialSystemAttributeModel, writes.system_attrs),
+        (TrialUserAttributeModel, writes.user_attrs),
+    ):
+        rows = [
+            {"trial_id": t, "key": key, "value_json": json.dumps(value)}
+            for (t, key), value in attrs.items()
+            if t in running
+        ]
+        _put(session, model, rows)
+    ends = {t: end for t, end in writes.ends.items() if t in running}
+    _put(
+        session,
+        TrialValueModel,
+        [
+            dict(
+                zip(
+                    ("trial_id", "objective", "value", "value_type"),
+                    (t, objective, *TrialValueModel.value_to_stored_repr(value)),
+                    strict=True,
+                )
+            )
+            for t, (_, values) in ends.items()
+            for objective, value in enumerate(values or ())
+        ],
+    )
+    if ends:
+        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+        table = TrialModel.__table__
+        ended = sa.update(table).where(table.c.trial_id == sa.bindparam("t"))
+        session.connection().execute(
+            ended.values(state=sa.bindparam("s"), datetime_complete=now),
+            [{"t": t, "s": state} for t, (state, _) in ends.items()],
+        )
+    return set(writes.trial_ids) - running
+
+
+def _put(session: Session, model: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, or change those that have the same trial and name."""
+    if not rows:
+        return
+    table: sa.Table = model.__table__
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(table)
+    (unique,) = (c for c in table.constraints if isinstance(c, sa.UniqueConstraint))
+    names = [column.name for column in unique.columns]
+    changed = {name: statement.excluded[name] for name in rows[0] if name not in names}
+    session.connection().execute(statement.on_conflict_do_update(index_elements=names, set_=changed), rows)
+
+
+def _read(session: Session, ids: Sequence[int], key: Any, *columns: str) -> Iterator[Any]:
+    """Rows of a table about trials, in the order in which they were written: id of the trial, and those columns."""
+    model = key.class_
+    for part in _parts(ids):
+        wanted = sa.select(model.trial_id, *(getattr(model, name) for name in columns))
+        yield from session.execute(wanted.where(model.trial_id.in_(part)).order_by(key))
+
+
+def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    for first in range(0, len(ids), _AT_ONCE):
+        yield ids[first : first + _AT_ONCE]
+
+
+@functools.lru_cache(maxsize=1000)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
+
+
+def _local(time: datetime.datetime | None) -> datetime.datetime | None:
+    """Optuna stores UTC, and shows local time; neither says so."""
+    return None if time is None else time.replace(tzinfo=datetime.UTC).astimezone().replace(tzinfo=None)
