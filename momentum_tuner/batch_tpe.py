@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_gamma_multiobjective
+from optuna.samplers._tpe.sampler import (
+    _split_trials,
+    default_gamma,
+    default_gamma_multiobjective,
+)
 from optuna.trial import FrozenTrial, TrialState
 
 MOST_ABOVE = 500
@@ -34,19 +38,24 @@ class _Fit:
 class BatchTPESampler(optuna.samplers.TPESampler):
     """TPE with Optuna's defaults for the trials of one batch; a new one is made for the next batch.
 
-    For the first trial of a batch it draws what Optuna's own sampler draws from the same seed, as long as there are no
-    more than `MOST_ABOVE` trials in the worse group.
+    For each trial it draws what Optuna's own sampler draws from the same seed, as long as there are no more than
+    `MOST_ABOVE` trials in the worse group.
 
     Args:
         space: the parameters, known in advance: Optuna would find them in all trials.
-        seed: of its random numbers.
     """
 
-    def __init__(self, space: Mapping[str, BaseDistribution], seed: int) -> None:
-        super().__init__(seed=seed)
+    def __init__(self, space: Mapping[str, BaseDistribution]) -> None:
+        super().__init__()
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._starts: bool | None = None
         self._fits: dict[tuple[str, ...], _Fit] = {}
+
+    def seeded(self, seed: int) -> Self:
+        """Itself, with new random numbers: for the next trial."""
+        self._rng.rng.seed(seed)
+        self._random_sampler._rng.rng.seed(seed)
+        return self
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters, or none where they are drawn one by one: with two aims."""

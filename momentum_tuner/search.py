@@ -238,7 +238,7 @@ class Search:
             pruner=self._study(place).pruner,
         )
         space = self._distributions[optimizer]
-        sampler_of = make_samplers(self.spec, space, self._worker_seed, min(numbers))
+        sampler_of = make_samplers(self.spec, space, self._worker_seed)
         drawn: dict[int, Mapping[str, Any]] = {}
         for trial_id, number in zip(trial_ids, numbers, strict=True):
             study.sampler = sampler_of(number)
@@ -356,43 +356,60 @@ def check_optuna(database: Database) -> None:
 
 
 def make_samplers(
-    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], worker_seed: int, first: int
+    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], worker_seed: int
 ) -> Callable[[int], optuna.samplers.BaseSampler]:
-    """The samplers of a study file for a batch of trials, by a trial's number.
+    """The samplers of a study file for the trials of a batch, by their numbers, in order.
 
+    Each trial is drawn with a seed of its own; what the sampler made of the trials before is made once for the batch.
     Designs (grid, qmc) are drawn in advance and need none.
 
     Args:
         spec: the study.
         space: Optuna's parameters of the contestant.
         worker_seed: makes several workers draw different points.
-        first: number of the first trial of the batch; each batch is drawn with a seed of its own.
     """
-    seed = int(np.random.SeedSequence((spec.seed, worker_seed, first)).generate_state(1)[0])
-    broad = _broad_sampler(spec, space, seed)
-    if spec.sampler.refine is None:
-        return lambda number: broad
-    begin = spec.budget.trials - spec.sampler.refine
-    simplex = SimplexSampler(begin, maximize=spec.objective.direction == "maximize", before=broad)
-    return lambda number: broad if number < begin else simplex
+    broad = _broad_samplers(spec, space)
+
+    def sampler_of(number: int) -> optuna.samplers.BaseSampler:
+        sampler = broad(int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0]))
+        if spec.sampler.refine is None or number < (first := spec.budget.trials - spec.sampler.refine):
+            return sampler
+        return SimplexSampler(first, maximize=spec.objective.direction == "maximize", before=sampler)
+
+    return sampler_of
 
 
-def _broad_sampler(
-    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], seed: int
-) -> optuna.samplers.BaseSampler:
+def _broad_samplers(
+    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution]
+) -> Callable[[int], optuna.samplers.BaseSampler]:
+    """The samplers of a batch by a trial's seed."""
+    tpe = BatchTPESampler(space)
+    fitted: list[optuna.samplers.GPSampler] = []
+
+    def gaussian_process(seed: int) -> optuna.samplers.BaseSampler:
+        sampler = optuna.samplers.GPSampler(seed=seed)
+        if fitted:  # the kernels of the trial before, of the same evidence, are where its fit begins
+            last = fitted.pop()
+            sampler._gprs_cache_list = last._gprs_cache_list
+            sampler._constraints_gprs_cache_list = last._constraints_gprs_cache_list
+        fitted.append(sampler)
+        return sampler
+
+    def evolution(seed: int) -> optuna.samplers.BaseSampler:
+        # It searches no choices, and nothing in a space of one dimension: what is left goes to TPE.
+        return optuna.samplers.CmaEsSampler(
+            seed=seed, independent_sampler=tpe.seeded(seed), warn_independent_sampling=False
+        )
+
     match spec.sampler.name:
         case "gp":
-            return optuna.samplers.GPSampler(seed=seed)
+            return gaussian_process
         case "cmaes":
-            # It searches no choices, and nothing in a space of one dimension: what is left goes to TPE.
-            independent = optuna.samplers.TPESampler(seed=seed)
-            return optuna.samplers.CmaEsSampler(
-                seed=seed, independent_sampler=independent, warn_independent_sampling=False
-            )
+            return evolution
         case "tpe":
-            return BatchTPESampler(space, seed)
+            return tpe.seeded
         case _:
-            return optuna.samplers.RandomSampler(seed=seed)
+            return lambda seed: optuna.samplers.RandomSampler(seed=seed)
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

@@ -651,7 +651,7 @@ def test_the_samplers_are_made_from_the_study(make_spec):
         "random": optuna.samplers.RandomSampler,
     }
     for name, expected in classes.items():
-        assert isinstance(make_samplers(make_spec(sampler={"name": name}), {}, 0, 0)(0), expected)
+        assert isinstance(make_samplers(make_spec(sampler={"name": name}), {}, 0)(0), expected)
 
 
 # PostgreSQL, several processes, deletion

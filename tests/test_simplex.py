@@ -114,10 +114,10 @@ def test_a_trial_that_diverged_failed_or_was_pruned_is_no_place_to_begin():
 
 def test_the_last_trials_of_a_study_are_refined_if_its_file_says_so(make_spec):
     spec = make_spec(sampler={"name": "tpe", "refine": 3}, budget={"trials": 10, "epochs": 20})
-    assert isinstance(make_samplers(spec, {}, 0, 6)(6), optuna.samplers.TPESampler)
-    assert isinstance(make_samplers(spec, {}, 0, 6)(7), SimplexSampler)
+    assert isinstance(make_samplers(spec, {}, 0)(6), optuna.samplers.TPESampler)
+    assert isinstance(make_samplers(spec, {}, 0)(7), SimplexSampler)
     assert isinstance(
-        make_samplers(make_spec(budget={"trials": 10, "epochs": 20}), {}, 0, 10)(10), optuna.samplers.TPESampler
+        make_samplers(make_spec(budget={"trials": 10, "epochs": 20}), {}, 0)(10), optuna.samplers.TPESampler
     )
 
 
