@@ -27,7 +27,7 @@ from .traces import newest_file, read_epochs
 HERE = Path(__file__).parent
 PLACES = {
     "claimed": ("worker/study.py", "_claim"),
-    "asking": ("search.py", "ask"),
+    "asking": ("search.py", "ask_all"),
     "asked": ("worker/study.py", "_ask"),
     "noted": ("worker/study.py", "_note_trials"),
     "recorded": ("worker/study.py", "_record"),
