@@ -175,10 +175,10 @@ class Proxy:
 
     def _connect(self, client: socket.socket) -> None:
         self._passing.wait()
-        if self._refusing:
-            client.shutdown(socket.SHUT_RDWR)
-            return
         with suppress(OSError):
+            if self._refusing:
+                client.shutdown(socket.SHUT_RDWR)
+                return
             server = socket.create_connection(("127.0.0.1", self._target))
             self._sockets.append(server)
             self._run(self._pump, client, server)
@@ -412,6 +412,7 @@ def test_what_was_trained_for_a_ticket_that_was_adopted_during_an_outage_is_drop
     bench.hold_at(25, "a", (0.01, 0.02))
     running = bench.start(slots=2, url=server.url(bench.database.url.database, proxy.port))
     bench.wait_at(25)
+    wait_for(lambda: bench.epochs() == 2)  # written while the next epoch trains
     proxy.refuse()  # only this worker is cut off
     bench.release("a")
     register_worker(bench.database, WorkerIdentity("other", "host", 1), "cpu")
@@ -449,6 +450,7 @@ def test_a_connection_that_falls_silent_is_an_outage_and_the_worker_goes_on_afte
     bench.hold_at(25, "a", (0.01, 0.02))
     running = bench.start(slots=2, url=server.url(bench.database.url.database, proxy.port))
     bench.wait_at(25)
+    wait_for(lambda: bench.epochs() == 2)
     proxy.stall()
     silent = time.monotonic()
     bench.release("a")

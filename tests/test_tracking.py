@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,19 @@ from momentum_tuner.tickets import (
     submit_study,
     with_trial,
 )
-from momentum_tuner.tracking import Publisher, PublisherLoop, check_tracking_uri, quiet_mlflow, run_name, short_momentum
+from momentum_tuner.tracking import (
+    Publisher,
+    PublisherLoop,
+    bulk,
+    check_tracking_uri,
+    quiet_mlflow,
+    run_name,
+    short_momentum,
+)
 from momentum_tuner.tracking import lease as lease_module
 from momentum_tuner.tracking import parent as parent_module
 from momentum_tuner.tracking import publisher as publisher_module
+from momentum_tuner.tracking.bulk import BulkRuns
 from momentum_tuner.tracking.lease import Lease
 from momentum_tuner.tracking.store import RunStore
 from tests.recorded import Recorded
@@ -83,6 +94,12 @@ def control_uri(folder, empty_mlflow) -> str:
     """A second MLflow store, to compare with."""
     shutil.copy(empty_mlflow, folder / "control.db")
     return f"sqlite:///{folder / 'control.db'}"
+
+
+@pytest.fixture
+def step_by_step(monkeypatch) -> None:
+    """MLflow as a server is spoken to: by its client, one run after another."""
+    monkeypatch.setattr(BulkRuns, "of", lambda client: None)
 
 
 @pytest.fixture
@@ -606,12 +623,17 @@ DEATHS = [
     ("mark", 1, "before"),
     ("mark", 1, "after"),
 ]
+BULK_DEATHS = [("add_ended", 1, "before"), ("add_ended", 1, "after"), ("show", 2, "after")]
 
 
-@pytest.mark.parametrize(("where", "number", "when"), DEATHS)
+@pytest.mark.parametrize(
+    ("where", "number", "when", "bulk"), [(*d, False) for d in DEATHS] + [(*d, True) for d in BULK_DEATHS]
+)
 def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
-    database, make_spec, uri, control_uri, monkeypatch, where, number, when
+    database, make_spec, uri, control_uri, monkeypatch, where, number, when, bulk
 ):
+    if not bulk:
+        monkeypatch.setattr(BulkRuns, "of", lambda client: None)
     study = finished_study(database, make_spec)
     publish(database, study, control_uri)
     control = contents(control_uri, with_ids=False)
@@ -641,6 +663,70 @@ def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
     assert contents(uri, with_ids=False) == control
     parents, children = runs_of(uri, view=ViewType.ALL)
     assert (len(parents), len(children)) == (1, 4)
+
+
+def test_runs_that_are_added_whole_are_those_that_mlflows_client_makes(
+    database, make_spec, uri, control_uri, monkeypatch
+):
+    study = finished_study(database, make_spec, trials=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_run", only_parents(MlflowClient.create_run))
+        assert publish(database, study, uri).complete
+    monkeypatch.setattr(BulkRuns, "of", lambda client: None)
+    assert publish(database, study, control_uri).complete
+    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
+    rows = [everything(store) for store in (uri, control_uri)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]["metrics"]) > 40 * 50
+
+
+def only_parents(create_run):
+    """A client that makes no child runs."""
+
+    def wrapped(self, experiment_id, start_time=None, tags=None, run_name=None):
+        assert PARENT not in tags
+        return create_run(self, experiment_id, start_time=start_time, tags=tags, run_name=run_name)
+
+    return wrapped
+
+
+def everything(uri: str) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of MLflow's tables about runs, with a run's name for its id."""
+    engine = sa.create_engine(uri)
+    with engine.connect() as connection:
+        found = {}
+        names = dict(list(map(tuple, connection.execute(sa.text("SELECT run_uuid, name FROM runs")))))
+        inputs = dict(list(map(tuple, connection.execute(sa.text("SELECT input_uuid, destination_id FROM inputs")))))
+        known = names | {key: f"input of {names[run_id]}" for key, run_id in inputs.items()}
+        known |= dict(list(map(tuple, connection.execute(sa.text("SELECT dataset_uuid, name FROM datasets")))))
+        tables = ("runs", "tags", "params", "metrics", "latest_metrics", "datasets", "inputs", "input_tags")
+        for table in tables:
+            rows = connection.execute(sa.text(f"SELECT * FROM {table}")).all()
+            found[table] = sorted(
+                repr([re.sub(r"[0-9a-f]{32}", lambda m: known.get(m[0], m[0]), str(v)) for v in row]) for row in rows
+            )
+    engine.dispose()
+    return found
+
+
+def test_a_trial_that_mlflow_does_not_take_is_not_added_whole_and_the_others_are(database, make_spec, uri, caplog):
+    study = submit(database, make_spec, trials=3)
+    claims = start(database, study)
+    records = [
+        [replace(r, metrics={"accu/../racy" if n == 1 else "accuracy": 0.5}) for r in epochs(2)] for n in range(6)
+    ]
+    finish(database, *((c, complete(0.5, 2), r) for c, r in zip(claims, records, strict=True)))
+    found = publish(database, study, uri)
+    assert (found.trials, found.refused) == (5, 1)
+    assert caplog.text.count("MLflow does not take trial") == 1
+
+
+def test_an_mlflow_with_other_tables_is_spoken_to_by_its_client(database, make_spec, uri, monkeypatch):
+    monkeypatch.setitem(bulk._COLUMNS, "runs", bulk._COLUMNS["runs"] | {"color"})
+    study = finished_study(database, make_spec)
+    assert BulkRuns.of(MlflowClient(tracking_uri=uri)) is None
+    assert publish(database, study, uri).trials == 4
+    assert len(runs_of(uri)[1]) == 4
 
 
 def test_a_deleted_store_is_rebuilt(database, make_spec, uri, control_uri):
@@ -704,7 +790,9 @@ def test_a_run_made_twice_while_publishing_is_gone_at_the_end(database, make_spe
     assert {c.info.run_id for c in children} == {n[1] for n in notes(database)}
 
 
-def test_runs_that_vanish_again_and_again_do_not_keep_the_publisher_for_ever(database, make_spec, uri, monkeypatch):
+def test_runs_that_vanish_again_and_again_do_not_keep_the_publisher_for_ever(
+    database, make_spec, uri, monkeypatch, step_by_step
+):
     study = finished_study(database, make_spec)
     real = RunStore.end
 
@@ -1003,7 +1091,9 @@ def test_a_lease_is_renewed_while_publishing(database, make_spec, uri, monkeypat
 
 
 @pytest.mark.parametrize("noticed", ["at the next trial", "as it notes"])
-def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_spec, uri, monkeypatch, noticed):
+def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(
+    database, make_spec, uri, monkeypatch, noticed, step_by_step
+):
     study = finished_study(database, make_spec)
     slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
     real = RunStore.create
@@ -1032,6 +1122,32 @@ def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_
     assert notes(database) == noted
     _, children = runs_of(uri)
     assert sorted(c.info.run_id for c in children) == sorted(n[1] for n in noted)
+
+
+def test_runs_that_were_added_whole_after_the_lease_was_lost_are_deleted_by_who_has_it_next(
+    database, make_spec, uri, monkeypatch
+):
+    study = finished_study(database, make_spec)
+    slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
+    real = RunStore.add_ended
+
+    def sleeping(self, ended, data):
+        expire_lease(database)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunStore, "add_ended", real)
+            assert quick.publish().complete
+        real(self, ended, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "add_ended", sleeping)
+        assert slow.publish().busy
+    noted = notes(database)
+    assert len(runs_of(uri)[1]) == 8
+    quick.close()
+    assert slow.publish().complete
+    slow.close()
+    assert notes(database) == noted
+    assert sorted(c.info.run_id for c in runs_of(uri)[1]) == sorted(n[1] for n in noted)
 
 
 def test_threads_that_publish_at_once_double_nothing(database, make_spec, uri):
@@ -1392,45 +1508,6 @@ def test_a_short_momentum_keeps_its_distance_to_one(momentum):
     short = float(short_momentum(momentum))
     assert abs(short - momentum) <= 0.05 * (1.0 - momentum)
     assert len(short_momentum(momentum)) <= 8
-
-
-# How long it takes
-
-
-def test_seconds_per_published_trial(database, make_spec, uri, capsys):
-    """Printed, not judged: nearly all of it is MLflow's own."""
-    trials, count = 16, 20
-    spec = make_spec(optimizers=["nesterov"], budget={"trials": trials, "epochs": count})
-    study = submit_study(database, spec, None, lambda _: None)
-    claims = start(database, study)
-    record_epochs(database, [(c, r) for c in claims for r in epochs(count)])
-    finish(database, *((c, complete(0.5, count), []) for c in claims))
-    publisher = Publisher(database, study, uri, "p")
-    publisher._lease.take()
-    publisher._learn()
-    publisher._parent.show()
-    spent = {"all": -time.perf_counter(), "mlflow": 0.0}
-    for name in ("create_run", "log_batch", "set_terminated", "search_runs", "get_experiment_by_name"):
-        setattr(publisher._store._client, name, timed(getattr(publisher._store._client, name), spent))
-    assert publisher.publish().trials == trials
-    spent["all"] += time.perf_counter()
-    publisher.close()
-    _, children = runs_of(uri)
-    assert sum(len(points) for c in children for points in points_of(uri, c.info.run_id).values()) == trials * 227
-    with capsys.disabled():
-        each, own = (1000.0 * s / trials for s in (spent["all"], spent["all"] - spent["mlflow"]))
-        print(f"\npublishing a trial of {count} epochs: {each:.1f} ms, of which {own:.1f} ms are not MLflow's")
-
-
-def timed(call, spent):
-    def wrapped(*args, **kwargs):
-        begin = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            spent["mlflow"] += time.perf_counter() - begin
-
-    return wrapped
 
 
 def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ import sqlalchemy as sa
 from momentum_tuner.database import Database, Epoch, Study, Ticket, database_now
 from momentum_tuner.errors import redact
 from momentum_tuner.tickets import StudyRecord, epoch_record
+from momentum_tuner.tracking.bulk import EndedRun
 from momentum_tuner.tracking.lease import Lease, LeaseLostError
 from momentum_tuner.tracking.parent import ParentRun, RunsChangedError
 from momentum_tuner.tracking.runs import (
     PARENT_TAG,
     STATUS,
+    Point,
     epoch_points,
     final_points,
     run_name,
@@ -85,13 +87,14 @@ class Publisher:
         self._parent = ParentRun(database, study, self._store, self._lease)
         self._data: DatasetInput | None = None
         self._learned = False
+        self._shown = 0
         self._live_due = 0.0
         self._doubted: set[int] = set()
         self._refused: set[int] = set()
 
     def publish(self) -> PassResult:
         """One pass: the parent run, trials that have ended, curves of those that run."""
-        changes = shown = 0
+        changes, self._shown = 0, 0
         while True:
             try:
                 self._lease.take()
@@ -100,8 +103,8 @@ class Publisher:
                     self._parent.show()
                 self._show_data()
                 for tickets in self._batches():
-                    shown += self._publish_tickets(tickets)
-                return PassResult(shown, self._publish_result(), refused=len(self._refused))
+                    self._publish_tickets(tickets)
+                return PassResult(self._shown, self._publish_result(), refused=len(self._refused))
             except LeaseLostError:
                 self._learned = False  # who holds the lease now makes runs that are not known here
                 return PassResult(busy=True)
@@ -205,12 +208,13 @@ class Publisher:
             Ticket.id.not_in(self._refused),
         )
 
-    def _publish_tickets(self, tickets: Sequence[Ticket]) -> int:
-        """Show some tickets and note it; returns how many."""
+    def _publish_tickets(self, tickets: Sequence[Ticket]) -> None:
+        """Show some tickets and note it."""
         curves = self._curves(tickets)
-        notes: list[dict[str, Any]] = []
+        notes = self._add_ended([t for t in tickets if t.state == "done" and str(t.id) not in self._store.runs], curves)
+        added = {note["id"] for note in notes}
         try:
-            for ticket in tickets:
+            for ticket in (t for t in tickets if t.id not in added):
                 try:
                     notes.append(self._publish_ticket(ticket, curves[ticket.id]))
                 except Exception as error:
@@ -222,7 +226,26 @@ class Publisher:
                 with self.database.write() as session:
                     self._lease.held(session)
                     session.execute(sa.update(Ticket), sorted(notes, key=lambda note: note["id"]))
-        return len(notes)
+                self._shown += len(notes)
+
+    def _add_ended(self, tickets: Sequence[Ticket], curves: Mapping[int, Sequence[Epoch]]) -> list[dict[str, Any]]:
+        """Show ended trials of which MLflow has nothing, if it takes them whole; returns what to note of these."""
+        runs = {
+            str(ticket.id): EndedRun(
+                name=_name(ticket),
+                status=STATUS[ticket.outcome or "failed"],
+                start=int((ticket.started_at or 0.0) * 1000),
+                end=int((ticket.finished_at or 0.0) * 1000),
+                params=trial_params(ticket),
+                tags=trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id},
+                points=_points(ticket, curves[ticket.id]),
+            )
+            for ticket in tickets
+            if ticket.started_at and ticket.finished_at
+        }
+        self._lease.keep()
+        self._store.add_ended(runs, self._data)
+        return [_note(t, self._store.runs[str(t.id)], curves[t.id]) for t in tickets if str(t.id) in self._store.runs]
 
     def _doubt(self, ticket: Ticket, error: Exception) -> None:
         """A run that somebody has deleted is made again; a trial that MLflow does not take is left out."""
@@ -250,34 +273,24 @@ class Publisher:
     def _publish_ticket(self, ticket: Ticket, curve: Sequence[Epoch]) -> dict[str, Any]:
         """Show a trial as it is now; returns what to note of it."""
         run = self._run_of(ticket)
-        points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
-        done = ticket.state == "done"
-        if done:
-            points += final_points(ticket)
         self._lease.keep()
-        self._store.show(run, points, trial_params(ticket), trial_tags(ticket))
+        self._store.show(run, _points(ticket, curve), trial_params(ticket), trial_tags(ticket))
         if self._data is not None:
             self._store.show_data(run, self._data)
         self._lease.keep()
-        if done:
+        if ticket.state == "done":
             self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
         else:
             self._store.set_status(run, "RUNNING")
-        return {
-            "id": ticket.id,
-            "run_id": run.id,
-            "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
-            "published_outcome": ticket.outcome if done else None,
-        }
+        return _note(ticket, run, curve)
 
     def _run_of(self, ticket: Ticket) -> Run:
         found = self._store.runs.get(str(ticket.id))
         if found is not None:
             return found
-        name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
         tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
         self._lease.keep()
-        return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)
+        return self._store.create(str(ticket.id), _name(ticket), ticket.started_at or 0.0, tags)
 
     # The result
 
@@ -305,6 +318,26 @@ class Publisher:
             raise RunsChangedError
         self._parent.show_result(row)
         return True
+
+
+def _name(ticket: Ticket) -> str:
+    return run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
+
+
+def _points(ticket: Ticket, curve: Sequence[Epoch]) -> list[Point]:
+    """Points of these epochs, and of the result if there is one."""
+    points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
+    return points + final_points(ticket) if ticket.state == "done" else points
+
+
+def _note(ticket: Ticket, run: Run, curve: Sequence[Epoch]) -> dict[str, Any]:
+    """What to note of a trial that was shown."""
+    return {
+        "id": ticket.id,
+        "run_id": run.id,
+        "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
+        "published_outcome": ticket.outcome if ticket.state == "done" else None,
+    }
 
 
 def short_reason(error: BaseException) -> str:

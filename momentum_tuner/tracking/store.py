@@ -6,13 +6,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from momentum_tuner.errors import TrackingError, redact
+from momentum_tuner.tracking.bulk import BulkRuns, EndedRun, takes
 from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class RunStore:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         make_sqlite_store(tracking_uri)
         self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._bulk = BulkRuns.of(self._client)
         self._experiment = experiment
         self._identity = identity
         self.experiment_id = ""
@@ -151,10 +153,29 @@ class RunStore:
 
     def create(self, key: str, name: str, start: float, tags: Mapping[str, str]) -> Run:
         """Make a run that began at `start` (seconds since 1970)."""
-        tags = {**tags, STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
+        tags = {**tags, **self._marks(key)}
         made = self._client.create_run(self.experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
         self.runs[key] = Run(made.info.run_id, made.info.status, tags=tags)
         return self.runs[key]
+
+    def add_ended(self, ended: Mapping[str, EndedRun], data: DatasetInput | None) -> None:
+        """Make whole runs at once, where MLflow is a database; those that are not made are to be shown step by step.
+
+        Args:
+            ended: new runs by their keys.
+            data: what they learned from, if that is known.
+        """
+        if self._bulk is None:
+            return
+        marked = {key: replace(run, tags={**run.tags, **self._marks(key)}) for key, run in ended.items()}
+        taken = {key: run for key, run in marked.items() if takes(run)}
+        ids = self._bulk.add(self.experiment_id, list(taken.values()), data) if taken else []
+        for run_id, (key, run) in zip(ids, taken.items(), strict=True):
+            self.runs[key] = Run(run_id, run.status, dict(run.params), dict(run.tags), data is not None)
+
+    def _marks(self, key: str) -> dict[str, str]:
+        """Tags by which a run is found again."""
+        return {STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
 
     def delete(self, key: str) -> None:
         """Delete a run, which can then be made anew."""

@@ -28,6 +28,11 @@ class Link:
         """Whether it is time to try."""
         return time.monotonic() >= self._again
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last attempt failed."""
+        return self._failing
+
     def failed(self, error: StorageError, seconds: float = 0.0) -> None:
         """Note a failed attempt.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ from momentum_tuner.tickets import (
     noted_trials,
     open_confirmation,
     read_epochs,
-    record_epochs,
     set_trials,
     with_trial,
 )
@@ -35,6 +35,7 @@ from momentum_tuner.trainer import AbandonedError, SlotsOutOfMemoryError, SlotSt
 from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
 from momentum_tuner.worker.pacing import Pacing
+from momentum_tuner.worker.recording import Recorder
 from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
@@ -48,7 +49,10 @@ MOST_UNWRITTEN = 20_000
 
 
 class StudyWorker:
-    """Trains trials of a study. Training and the database take turns: an epoch of every slot, then what came of it.
+    """Trains trials of a study: an epoch of every slot, then what came of it.
+
+    What decides how training goes on (pruning, the end of a trial, the next trial) comes between two epochs, as a slot
+    that waited for it during an epoch would cost more; records and checkpoints are written while the next one trains.
 
     Args:
         database: studies and tickets.
@@ -89,6 +93,7 @@ class StudyWorker:
         self.trainer = self.pacing.make_trainer(task, lambda: self.stop.asked)
         self.search = Search(database, self.spec, options.ordinal)
         self.saver = Saver(database, store, study, worker_id, options.checkpoint_seconds, options.grace_seconds)
+        self.recorder = Recorder(database)
         self.held: dict[int, Held] = {}
         self._shown_width = 0
 
@@ -129,9 +134,10 @@ class StudyWorker:
         started = time.monotonic()
         try:
             self._show_width()
+            self._take_recorded()
             self._note_trials()
-            self._record()
             self._judge()
+            self._record()
             self._finish()
             self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
             self._give_back()
@@ -139,6 +145,7 @@ class StudyWorker:
             self._finish()
             self._prepare()
             self._note_trials()
+            self.recorder.begin(self._in(Stage.TRAINING))
         except StorageError as error:
             self.link.failed(error, time.monotonic() - started)
             return False
@@ -165,13 +172,23 @@ class StudyWorker:
             self.search.fail_leftovers(noted_trials(self.database, self.study.id))
 
     def _record(self) -> None:
-        """Write the records that the database has not."""
-        new = [h for h in self.held.values() if h.written < len(h.records)]
-        kept = record_epochs(self.database, [(h.claim, r) for h in new for r in h.records[h.written :]])
-        if new:
+        """Write the records that what follows needs: of trials that have ended or leave, and of those in a checkpoint.
+
+        Those of the others are written while the next epoch trains; after an outage all at once, to see whether it is
+        over.
+        """
+        everything = self.saver.writing or self.link.failing
+        self.recorder.begin([h for h in self.held.values() if everything or h.stage is not Stage.TRAINING])
+        self._take_recorded()
+
+    def _take_recorded(self) -> None:
+        """Note what the database has by now."""
+        written, kept = self.recorder.end()
+        if written:
             crash_point("recorded")
-        for held in self._drop_lost(new, kept):
-            held.written = len(held.records)
+        counts = {h.claim.ticket_id: count for h, count in written}
+        for held in self._drop_lost([h for h, _ in written], kept):
+            held.written = counts[held.claim.ticket_id]
 
     def _judge(self) -> None:
         """Report rungs to Optuna, and end the trials that the pruner stops; none of a confirmation."""
@@ -459,9 +476,12 @@ class StudyWorker:
         """
         try:
             if save and self.held:
-                self.saver.note(self.held, wait=True)
+                with contextlib.suppress(StorageError):  # of an outage that may be over: it is written again
+                    self._take_recorded()
                 self._note_trials()
-                self._record()
+                self.recorder.begin(list(self.held.values()))
+                self._take_recorded()
+                self.saver.note(self.held, wait=True)
                 self.saver.begin(self._in(Stage.TRAINING), self.trainer.export)
                 self.saver.note(self.held, wait=True)
                 self._finish()
@@ -470,6 +490,7 @@ class StudyWorker:
         except StorageError as error:
             logger.warning("%s; its trials go on elsewhere after %.0f s", error, self.options.grace_seconds)
         finally:
+            self.recorder.close()
             self.saver.close()
             self.search.close()
 

@@ -15,6 +15,7 @@ What is measured is the time on the wall of one worker alone with its database.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -231,7 +232,8 @@ def database_url(kind: str, folder: Path) -> Iterator[str]:
 def measure(kind: str, sizes: Sequence[int], slots: int, rounds: int, console: Console) -> list[Row]:
     """The rows of one database; of each part the median over the rounds."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, database_url(kind, Path(folder)) as url:
+    # MLflow puts files beside: so into the folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), database_url(kind, Path(folder)) as url:
         bench = Bench(url, Path(folder), max(sizes) + rounds * slots * len(sizes))
         try:
             for size in sizes:

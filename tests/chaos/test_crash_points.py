@@ -30,7 +30,7 @@ PLACES = {
     "asking": ("search.py", "ask_all"),
     "asked": ("worker/study.py", "_ask"),
     "noted": ("worker/study.py", "_note_trials"),
-    "recorded": ("worker/study.py", "_record"),
+    "recorded": ("worker/study.py", "_take_recorded"),
     "reported": ("worker/study.py", "_judge"),
     "checkpoint-writing": ("checkpoints.py", "_write"),
     "checkpoint-written": ("checkpoints.py", "save"),
@@ -189,7 +189,7 @@ def check_how_far_it_was(point: str, crash: Crash) -> None:
         case "recorded":
             assert brought == [1, 1, 1]  # the untrained models
         case "reported":
-            assert min(brought) > 1
+            assert min(brought) >= 1  # that of the rung may be on its way
         case "checkpoint-writing":
             assert [name for name in crash.left if name.endswith(".tmp")]
             assert any(files)
