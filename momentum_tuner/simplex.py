@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import optuna
-import scipy.optimize
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -117,6 +116,8 @@ def _next_point(
         if not same.size:
             raise _Wanted(point.copy())
         return float(values[same].min())
+
+    import scipy.optimize  # takes a while, and few studies need it
 
     centre, size = start, _FIRST_SIZE
     try:

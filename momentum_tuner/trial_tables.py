@@ -58,6 +58,12 @@ class TrialWrites:
         return sorted({trial_id for part in parts for trial_id, _ in part} | set(self.ends))
 
 
+def find_study_id(session: Session, name: str) -> int | None:
+    """The id of the Optuna study of that name, if there is one."""
+    found: int | None = session.scalar(sa.select(StudyModel.study_id).where(StudyModel.study_name == name))
+    return found
+
+
 def read_trials(session: Session, study_id: int, known: Collection[int], after: int) -> list[FrozenTrial]:
     """Trials of a study as they are now, by their ids.
 

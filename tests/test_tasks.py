@@ -450,6 +450,26 @@ def test_the_split_is_disjoint_stratified_and_whole():
     assert rows == sorted((load_digits().data / 16).tolist())
 
 
+def test_the_split_is_the_one_that_scikit_learn_draws():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    drawn = train_test_split(digits.images / 16, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    task = digits_mlp()
+    for tensor, expected in zip((*task.train.tensors, *task.valid.tensors), (drawn[0], drawn[2], drawn[1], drawn[3])):
+        assert torch.equal(tensor, torch.tensor(expected, dtype=tensor.dtype))
+
+
+def test_the_digits_are_found_where_another_scikit_learn_keeps_them(monkeypatch):
+    from momentum_tuner.tasks import digits
+
+    images, labels = digits._images()
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    again = digits._images()
+    assert (images == again[0]).all() and (labels == again[1]).all()
+
+
 def test_the_split_does_not_depend_on_the_seed():
     from momentum_tuner.tasks.digits import _digits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -98,6 +99,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point: exit 0 when done, 1 when the work failed, 2 on wrong use or bad input, 130 when interrupted."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    gc.set_threshold(100_000)  # what is imported is many objects and no garbage
     try:
         code = cli.main(prog_name="momentum-tuner", standalone_mode=False)
     except click.exceptions.Abort:
@@ -112,4 +114,5 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    gc.freeze()  # nor does it help to look through them at the end
     sys.exit(code if isinstance(code, int) else 0)

@@ -23,7 +23,7 @@ from momentum_tuner.worker_options import WorkerOptions
 if TYPE_CHECKING:
     from momentum_tuner.launcher.ray import RayWorkers
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.1
 PUBLISH_SECONDS = 60.0
 """How long a run waits at its end for MLflow."""
 

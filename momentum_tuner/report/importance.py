@@ -12,8 +12,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.database import Database
-from momentum_tuner.search import open_storage, study_name
+from momentum_tuner.search import study_name
 from momentum_tuner.tickets import StudyRecord
+from momentum_tuner.trial_tables import find_study_id, read_trials
 
 Direction = Literal["minimize", "maximize"]
 
@@ -46,21 +47,14 @@ class Importance:
 
 def importances(database: Database, study: StudyRecord) -> list[Importance]:
     """The importance of the hyperparameters of each contestant, with two aims for the first."""
-    storage = open_storage(database)
-    try:
-        known = {summary.study_name for summary in optuna.get_all_study_summaries(storage)}
-        found = []
-        for optimizer in study.spec.contestants:
-            name = study_name(study.name, optimizer)
-            trials: list[FrozenTrial] = []
-            if name in known:
-                loaded = optuna.load_study(study_name=name, storage=storage)
-                trials = loaded.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            found.append(_importance(optimizer, trials, study.spec.objective.direction))
-        return found
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+    found = []
+    for optimizer in study.spec.contestants:
+        with database.read() as session:
+            study_id = find_study_id(session, study_name(study.name, optimizer))
+            trials = [] if study_id is None else read_trials(session, study_id, (), -1)
+        complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+        found.append(_importance(optimizer, complete, study.spec.objective.direction))
+    return found
 
 
 def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direction) -> Importance:

@@ -111,18 +111,21 @@ class StudyWorker:
         self._leave(save=True)
 
     def _work(self, elsewhere: Callable[[], bool]) -> None:
+        idle = 0.0
         while not self.stop.asked:
             answered = self._synchronize()
             if self.trainer.keys and (answered or self._unwritten() < MOST_UNWRITTEN):
                 if answered:
                     self.pacing.consider_compiling(self.trainer, self._epochs_left())
                 self._train()
+                idle = 0.0
             elif self.held:
                 time.sleep(POLL_SECONDS / 20)  # until the database answers, or a checkpoint is written
             elif answered and self._is_over(elsewhere):
                 return
-            else:
-                time.sleep(POLL_SECONDS)  # others hold the last tickets; one of them may die
+            else:  # others hold the last tickets; they may be through with them soon, or die
+                idle = min(max(2 * idle, POLL_SECONDS / 20), POLL_SECONDS)
+                time.sleep(idle)
 
     def _synchronize(self) -> bool:
         """Bring the database and the slots up to date; whether the database answered all the while.
