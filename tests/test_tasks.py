@@ -457,7 +457,9 @@ def test_the_split_is_the_one_that_scikit_learn_draws():
     digits = load_digits()
     drawn = train_test_split(digits.images / 16, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
     task = digits_mlp()
-    for tensor, expected in zip((*task.train.tensors, *task.valid.tensors), (drawn[0], drawn[2], drawn[1], drawn[3])):
+    for tensor, expected in zip(
+        (*task.train.tensors, *task.valid.tensors), (drawn[0], drawn[2], drawn[1], drawn[3]), strict=True
+    ):
         assert torch.equal(tensor, torch.tensor(expected, dtype=tensor.dtype))
 
 

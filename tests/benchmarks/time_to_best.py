@@ -1,0 +1,199 @@
+"""Seconds from the command until a trial is within 1% of the best objective known for the task.
+
+Run by hand; nothing is asserted, as times are the machine's:
+
+    python tests/benchmarks/time_to_best.py
+    python tests/benchmarks/time_to_best.py --task digits_mlp --way momentum-tuner optuna-median --seeds 3 --limit 60
+    python tests/benchmarks/time_to_best.py --json > rows.json
+    python tests/benchmarks/time_to_best.py --find digits_mlp --trials 1000
+
+The ways are those of `study.py`, without a bound on the trials; each run has a sampler's seed of its own, and ends when
+it is there, or at `--limit` seconds: then it counts as slower than that. What counts is the time at which the way's own
+store has the validation loss of an epoch that is near enough (the objective of a trial is its best epoch). The loss of
+a setting is the same for all ways, as initial weights and order of the data are (`peers.py`).
+
+`best_known.json` has the best objective of a long search by momentum-tuner with another sampler's seed, which `--find`
+makes anew. A run that finds a better one says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peers import HERE, MANY, SUBJECTS
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from study import WAYS, best_of
+from throughput import at_least, machine
+
+KNOWN = HERE / "best_known.json"
+NEAR = 1.01
+LOOK_SECONDS = 0.25
+STOP_SECONDS = 20.0
+FIND_SEED = 999
+"""Of the sampler that looks for the best; no run has it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds of one way; infinite where it was not there within the limit. `ratio` is over momentum-tuner's median."""
+
+    task: str
+    way: str
+    best_known: float
+    limit: float
+    seconds: list[float]
+    median: float
+    ratio: float | None
+
+
+def seconds_to(way: str, task: str, seed: int, wanted: float, limit: float) -> tuple[float, float | None]:
+    """Seconds until the way is there, or infinity; and the best loss that it came to."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        begun = time.time()
+        command = [sys.executable, str(HERE / "peers.py"), way, task, folder, str(MANY), str(seed)]
+        with Path(folder, "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        found = math.inf
+        while found == math.inf and time.time() < begun + limit:
+            time.sleep(LOOK_SECONDS)
+            found = reached(way, Path(folder), wanted)
+            if process.poll() is not None:
+                raise RuntimeError(Path(folder, "log").read_text())
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        best = None
+        with suppress(sqlite3.OperationalError, TypeError, ValueError):
+            best = best_of(way, Path(folder))
+    took = found - begun
+    return (took if took <= limit else math.inf), best
+
+
+def reached(way: str, folder: Path, wanted: float) -> float:
+    """When the way's store had such a loss (seconds since 1970), or infinity."""
+    if way == "ray-asha":
+        lines = (line for file in folder.glob("**/result.json") for line in file.read_text().splitlines())
+        results = [json.loads(line) for line in lines]
+        return min((float(r["timestamp"]) for r in results if r["valid_loss"] <= wanted), default=math.inf)
+    file, query = {
+        "momentum-tuner": ("study.db", "SELECT MIN(recorded_at) FROM epochs WHERE valid_loss <= ?"),
+    }.get(way, ("mlflow.db", "SELECT MIN(timestamp) / 1000.0 FROM metrics WHERE key = 'valid_loss' AND value <= ?"))
+    if not (folder / file).exists():
+        return math.inf
+    with suppress(sqlite3.OperationalError):  # its tables are not made yet, or it is being written
+        connection = sqlite3.connect(f"file:{folder / file}?mode=ro", uri=True, timeout=1.0)
+        try:
+            (when,) = connection.execute(query, (wanted,)).fetchone()
+        finally:
+            connection.close()
+        return math.inf if when is None else float(when)
+    return math.inf
+
+
+def find(task: str, trials: int) -> float:
+    """The best objective of a long search."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, str(HERE / "peers.py"), "momentum-tuner", task, folder, str(trials), str(FIND_SEED)]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return best_of("momentum-tuner", Path(folder))
+
+
+def table_of(task: str, rows: list[Row]) -> Table:
+    """The rows of a task as a person reads them."""
+    title = f"{task}: within 1% of {rows[0].best_known:.5f}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("way")
+    for name in ("median", "fastest", "slowest", "there", "times ours"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        there = sum(math.isfinite(s) for s in row.seconds)
+        shown = [shown_seconds(s, row.limit) for s in (row.median, min(row.seconds), max(row.seconds))]
+        ratio = "-"
+        if row.ratio is not None:
+            ratio = f"{row.ratio:.1f}" if math.isfinite(row.median) else f"> {row.ratio:.1f}"
+        table.add_row(row.way, *shown, f"{there}/{len(row.seconds)}", ratio)
+    return table
+
+
+def shown_seconds(seconds: float, limit: float) -> str:
+    """Such as `7.3 s`, or `> 60 s`."""
+    return f"{seconds:.1f} s" if math.isfinite(seconds) else f"> {limit:.0f} s"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
+    parser.add_argument("--task", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS[:3])
+    parser.add_argument("--seeds", type=at_least(int, 1), default=10, help="runs of each way")
+    parser.add_argument("--limit", type=at_least(float, 1.0), default=120.0, help="seconds of a run")
+    parser.add_argument("--find", choices=SUBJECTS, help="look for the best objective of this task, and note it")
+    parser.add_argument("--trials", type=at_least(int, 1), default=1000, help="of --find")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print."""
+    asked = arguments()
+    os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    aside = Console(stderr=True)
+    if asked.find:
+        known[asked.find] = {"best": find(asked.find, asked.trials), "trials": asked.trials}
+        KNOWN.write_text(json.dumps(known, indent=2) + "\n")
+        aside.print(known[asked.find])
+        return
+    before = machine()
+    out = aside if asked.json else Console()
+    rows: list[Row] = []
+    for task in dict.fromkeys(asked.task):
+        best = float(known[task]["best"])
+        seconds: dict[str, list[float]] = {way: [] for way in dict.fromkeys(asked.way)}
+        least = best
+        for seed in range(asked.seeds):  # in turns, as the machine may change
+            for way, found in seconds.items():
+                with aside.status(f"{task}, {way}, seed {seed}"):
+                    took, came_to = seconds_to(way, task, seed, NEAR * best, asked.limit)
+                found.append(took)
+                least = min(least, came_to or math.inf)
+                aside.print(f"{task}, {way}, seed {seed}: {shown_seconds(took, asked.limit)}, best {came_to}")
+        medians = {way: statistics.median(found) for way, found in seconds.items()}
+        ours = medians.get("momentum-tuner")
+        mine = [
+            Row(task, way, best, asked.limit, found, medians[way], ours and min(medians[way], asked.limit) / ours)
+            for way, found in seconds.items()
+        ]
+        out.print(table_of(task, mine))
+        if least < best:
+            out.print(f"a run came to {least:.5f}, below the best known: --find {task}", markup=False)
+        rows += mine
+    for line in before:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if asked.json:
+        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
+        print()
+
+
+if __name__ == "__main__":
+    main()
