@@ -82,12 +82,15 @@ class Search:
         self._distributions = {optimizer: distributions(spec, optimizer) for optimizer in spec.contestants}
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self, fresh: bool = True) -> Iterator[None]:
         """For what is asked, reported, pruned and told meanwhile the trials of others are read once.
 
         It is written at the end, all or nothing; a trial that another worker has finished meanwhile is left as it is.
+
+        Args:
+            fresh: whether what others reported and told just now must be seen; otherwise within a short while.
         """
-        with self._reaching(), self._storage.batch():
+        with self._reaching(), self._storage.batch(fresh):
             yield
 
     def ask(self, place: str, ticket_id: int, fixed: Mapping[str, Any] | None = None) -> AskedTrial:
@@ -122,14 +125,14 @@ class Search:
             )
             for ticket_id, fixed in wanted
         ]
-        with self.batch():
+        with self._in_batch():
             made = self._storage.create_trials(self._study(place)._study_id, templates)
             crash_point("asking")
             return self._suggest(place, [trial._trial_id for trial in made])
 
     def recall(self, place: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
-        with self.batch():
+        with self._in_batch():
             for frozen in self._running(place):
                 if frozen.user_attrs.get(TICKET) == ticket_id:
                     return self._suggest(place, [frozen._trial_id])[0]
@@ -145,7 +148,7 @@ class Search:
         """
         left = 0
         for place in self._places():
-            with self.batch():
+            with self._in_batch():
                 for frozen in self._running(place):
                     trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
                     if done or trial_id not in (None, frozen._trial_id):
@@ -158,17 +161,17 @@ class Search:
 
         A report on a finished trial is passed over: its ticket was adopted, and who reports has not noticed yet.
         """
-        with self.batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with self._in_batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_intermediate_value(self._reporting(place, trial_id), epoch, value)
 
     def reported(self, place: str, trial_id: int) -> set[int]:
         """The epochs at which the trial has reported."""
-        with self.batch():
+        with self._in_batch():
             return set(self._storage.get_trial(self._reporting(place, trial_id)).intermediate_values)
 
     def should_prune(self, place: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report; not one that is finished."""
-        with self.batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with self._in_batch(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             study = self._study(self._reports_of(place))
             return bool(study.pruner.prune(study, self._storage.get_trial(self._reporting(place, trial_id))))
         return False
@@ -183,7 +186,7 @@ class Search:
         the value that it reported last.
         """
         values = [value, second_value][: len(self._aims)]
-        with self.batch():
+        with self._in_batch():
             study = self._study(place)
             number = self._storage.get_trial_number_from_id(trial_id)
             if outcome == "failed":
@@ -197,6 +200,16 @@ class Search:
                     study.tell(number, values=told, state=TrialState.COMPLETE, skip_if_finished=True)
             if self._reports_apart:
                 self._end_reports(place, trial_id, outcome)
+
+    @contextmanager
+    def _in_batch(self) -> Iterator[None]:
+        """The batch that this is in, which writes later, or one of its own."""
+        if self._storage.batch_number is None:
+            with self.batch():
+                yield
+        else:
+            with self._reaching():
+                yield
 
     def close(self) -> None:
         """Give the connections back."""

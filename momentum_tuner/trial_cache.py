@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.database import Database
 from momentum_tuner.trial_tables import TrialWrites, create_trials, read_trials, write_trials
+
+_SHARE = 10.0
+"""Trials that run are read again after so many times as long as that took."""
 
 
 class TrialCache(_CachedStorage):
@@ -34,6 +38,9 @@ class TrialCache(_CachedStorage):
         self._read: set[int] | None = None
         self._writes = TrialWrites()
         self._batches = 0
+        self._newest: dict[int, int] = {}
+        self._due: dict[int, float] = {}
+        self._fresh = True
 
     @property
     def batch_number(self) -> int | None:
@@ -41,22 +48,31 @@ class TrialCache(_CachedStorage):
         return None if self._read is None else self._batches
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self, fresh: bool = True) -> Iterator[None]:
         """Meanwhile what others write of a study is seen as it was when its trials were first wanted.
 
         What this batch wrote is in the database at its end, but for trials that others have finished meanwhile; if it
-        ends by an error, nothing is that was not flushed.
+        ends by an error, nothing is that was not flushed. A batch within a batch goes on with what that has read.
+
+        Args:
+            fresh: whether trials that ran when they were read last are read again in any case; otherwise only as often
+                as that takes a tenth of the time. What this process wrote of them it knows, and of many workers each
+                would read what all the others do, all the time.
         """
         if self._read is not None:
             yield
+            self.flush()
             return
-        self._read = set()
+        self._read, self._fresh = set(), fresh
         self._batches += 1
         try:
             yield
             self.flush()
+        except BaseException:
+            self._due.clear()  # what is kept of some trials is not in the database
+            raise
         finally:
-            self._read, self._writes = None, TrialWrites()
+            self._read, self._writes, self._fresh = None, TrialWrites(), True
 
     def flush(self) -> set[int]:
         """Write what the batch has to write; returns the trials that others have finished, whose part is dropped."""
@@ -64,6 +80,10 @@ class TrialCache(_CachedStorage):
             return set()
         with self._database.write() as session:
             lost = write_trials(session, self._writes)
+            ended = lost | set(self._writes.ends)
+            for study_id in {self._trial_id_to_study_id_and_number[trial_id][0] for trial_id in ended}:
+                mine = {t for t in ended if self._trial_id_to_study_id_and_number[t][0] == study_id}
+                self._take(study_id, read_trials(session, study_id, mine, max(mine)))
         self._writes = TrialWrites()
         return lost
 
@@ -77,21 +97,34 @@ class TrialCache(_CachedStorage):
         return made
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        """Read new trials, and those that ran when they were read last, if it is time to."""
         if self._read is not None and study_id in self._read:
             return
         study = self._studies.setdefault(study_id, _StudyInfo())
+        begun = time.monotonic()
+        due = self._fresh or begun >= self._due.get(study_id, 0.0)
+        known = study.unfinished_trial_ids if due else ()
         with self._database.read() as session:
-            trials = read_trials(session, study_id, study.unfinished_trial_ids, study.last_finished_trial_id)
+            trials = read_trials(session, study_id, known, self._newest.get(study_id, -1))
+        if due:
+            self._due[study_id] = begun + _SHARE * (time.monotonic() - begun)
         with self._lock:
-            self._add_trials_to_cache(study_id, trials)
-            for trial in trials:
-                if not trial.state.is_finished():
-                    study.unfinished_trial_ids.add(trial._trial_id)
-                else:
-                    study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
-                    study.unfinished_trial_ids.discard(trial._trial_id)
+            self._take(study_id, trials)
         if self._read is not None:
             self._read.add(study_id)
+
+    def _take(self, study_id: int, trials: Sequence[FrozenTrial]) -> None:
+        """Keep what was read."""
+        study = self._studies[study_id]
+        self._add_trials_to_cache(study_id, list(trials))
+        # Trials of a study are made one after the other, its row locked: none comes to light after a newer one.
+        self._newest[study_id] = max([self._newest.get(study_id, -1), *(trial._trial_id for trial in trials)])
+        for trial in trials:
+            if not trial.state.is_finished():
+                study.unfinished_trial_ids.add(trial._trial_id)
+            else:
+                study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
+                study.unfinished_trial_ids.discard(trial._trial_id)
 
     def _known(self, trial_id: int) -> FrozenTrial | None:
         """The trial as the batch has it, read if need be; None outside of a batch, or if this cache never saw it."""

@@ -173,3 +173,39 @@ def test_a_batch_has_a_number_of_statements_that_does_not_grow_with_it(search, d
                 search.tell("momentum", trial.trial_id, "complete", 0.5)
         counts.append(len(statements))
     assert counts[0] == counts[1] < 60
+
+
+def test_a_batch_within_a_batch_is_written_at_its_own_end_and_what_it_told_is_seen_as_told(search):
+    first, second = search.ask_all("momentum", [(1, None), (2, None)])
+    study_id = search._study("momentum")._study_id
+    with search.batch():
+        with search.batch():
+            search.report("momentum", first.trial_id, 1, 0.5)
+            search.tell("momentum", first.trial_id, "complete", 0.5)
+        assert search._backend.get_trial(first.trial_id).values == [0.5]
+        states = {t.number: t.state for t in search._study("momentum").get_trials(deepcopy=False)}
+        assert states == {first.number: TrialState.COMPLETE, second.number: TrialState.RUNNING}
+        search.report("momentum", second.trial_id, 1, 0.25)
+        assert search._backend.get_trial(second.trial_id).intermediate_values == {}
+    assert search._backend._get_trials(study_id, None, set(), -1)[1].intermediate_values == {1: 0.25}
+
+
+def test_running_trials_of_others_are_read_again_only_now_and_then_if_that_is_enough(search, database, monkeypatch):
+    other = Search(database, search.spec, worker_seed=1)
+    asked = other.ask("momentum", 1)
+
+    def state(fresh):
+        with search.batch(fresh):
+            (trial,) = search._study("momentum").get_trials(deepcopy=False)
+            return trial.state
+
+    monkeypatch.setattr(trial_cache, "_SHARE", 1e9)
+    assert state(False) is TrialState.RUNNING
+    other.tell("momentum", asked.trial_id, "complete", 0.1)
+    assert state(False) is TrialState.RUNNING
+    assert state(True) is TrialState.COMPLETE
+    again = other.ask("momentum", 2)
+    with search.batch(False):
+        assert len(search._study("momentum").get_trials(deepcopy=False)) == 2, "new ones are always read"
+    assert again.number == 1
+    other.close()

@@ -136,24 +136,28 @@ class StudyWorker:
             return False
         started = time.monotonic()
         try:
-            self._show_width()
-            self._take_recorded()
-            self._note_trials()
-            self._judge()
-            self._record()
-            self._finish()
-            self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
-            self._give_back()
-            self._claim()
-            self._finish()
-            self._prepare()
-            self._note_trials()
-            self.recorder.begin(self._in(Stage.TRAINING))
+            with self.search.batch(fresh=False):
+                self._bring_up_to_date()
         except StorageError as error:
             self.link.failed(error, time.monotonic() - started)
             return False
         self.link.worked()
         return True
+
+    def _bring_up_to_date(self) -> None:
+        self._show_width()
+        self._take_recorded()
+        self._note_trials()
+        self._judge()
+        self._record()
+        self._finish()
+        self.saver.note(self.held, wait=self.trainer.whole_epochs)  # before an epoch that may be long
+        self._give_back()
+        self._claim()
+        self._finish()
+        self._prepare()
+        self._note_trials()
+        self.recorder.begin(self._in(Stage.TRAINING))
 
     # The database
 
