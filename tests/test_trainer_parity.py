@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from momentum_tuner.tasks import digits_cnn, digits_mlp, digits_rnn
-from momentum_tuner.trainer import ScheduleSettings, Trainer, TrialSettings, replay, slots
+from momentum_tuner.trainer import ScheduleSettings, Trainer, TrialSettings, compiling, replay, slots
 from momentum_tuner.trainer.randomness import mix_seed
 
 torch.set_num_threads(1)
@@ -248,8 +248,35 @@ def plain_loop(task, settings, dtype, epochs):
     return curve
 
 
+@pytest.fixture
+def compiled_code(tmp_path, monkeypatch):
+    """Compiled code goes into a folder of the test."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+
+
+@pytest.mark.parametrize("precision", ["float64"])
+@pytest.mark.parametrize("task", ["mlp"], indirect=True)
+def test_the_curve_of_compiled_steps_is_that_of_a_plain_torch_loop(task, precision, compiled_code, monkeypatch):
+    used = []
+
+    def compile_graph(*arguments):
+        compiled = compiling.compile_graph(*arguments)
+        return lambda *tensors: used.append(len(tensors[0])) or compiled(*tensors)
+
+    monkeypatch.setattr(replay, "compile_graph", compile_graph)
+    check_plain_loop(task, precision, mode="fused", compiles="on")
+    assert used.count(3) >= 2 * STEPS - 1, "all steps of both epochs, but for the one that was captured"
+
+
 def test_the_curve_is_that_of_a_plain_torch_loop(task, precision, mode):
-    trainer = Trainer(task, epochs=4, slots=3, schedule=WIDE, mode=mode, precision=precision)
+    check_plain_loop(task, precision, mode=mode)
+
+
+def check_plain_loop(task, precision, **options):
+    trainer = Trainer(task, epochs=4, slots=3, schedule=WIDE, precision=precision, **options)
     for key, settings in SUBJECTS.items():
         trainer.admit(key, settings)
     found = [dict(trainer.train_epoch()) for _ in range(2)]
