@@ -18,8 +18,8 @@ from momentum_tuner.errors import StorageError, redact
 from momentum_tuner.spec import spec_hash
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, search_kind
 from momentum_tuner.tracking.lease import Lease, LeaseLostError
-from momentum_tuner.tracking.runs import CHAMPION_TAG, DESCRIPTION_TAG
-from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
+from momentum_tuner.tracking.runs import CHAMPION_TAG, DESCRIPTION_TAG, Run
+from momentum_tuner.tracking.store import PARENT, RunStore, is_refusal
 from momentum_tuner.tracking.studies import (
     FILES_TAG,
     SPEC_TAG,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from momentum_tuner.tracking.parent import ParentRun, RunsChangedError
 from momentum_tuner.tracking.runs import (
     PARENT_TAG,
     STATUS,
+    TrialRun,
     epoch_points,
     final_points,
     run_name,
     trial_params,
     trial_tags,
 )
-from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
+from momentum_tuner.tracking.store import PARENT, RunStore, is_refusal
 from momentum_tuner.tracking.studies import data_input
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FLUSH_TICKETS = 32
+FLUSH_POINTS = 50_000
 MOST_CHANGES = 3
 LIVE_SECONDS = 5.0
 """How often the curves of trials that still run are brought up to date, if that is quick."""
@@ -208,21 +210,47 @@ class Publisher:
     def _publish_tickets(self, tickets: Sequence[Ticket]) -> int:
         """Show some tickets and note it; returns how many."""
         curves = self._curves(tickets)
-        notes: list[dict[str, Any]] = []
+        trials = {t.id: self._trial_run(t, curves[t.id]) for t in tickets}
+        shown: list[Ticket] = []
         try:
-            for ticket in tickets:
-                try:
-                    notes.append(self._publish_ticket(ticket, curves[ticket.id]))
-                except Exception as error:
-                    if not is_refusal(error):
-                        raise
-                    self._doubt(ticket, error)
+            for some in _portions(tickets, trials):
+                self._lease.keep()
+                if self._store.show_together([trials[t.id] for t in some], self._data):
+                    shown += some
+                else:
+                    for ticket in some:
+                        if self._show_one(ticket, trials[ticket.id]):
+                            shown.append(ticket)
         finally:
-            if notes:
+            if shown:
+                notes = [self._note(ticket, curves[ticket.id]) for ticket in sorted(shown, key=lambda t: t.id)]
                 with self.database.write() as session:
                     self._lease.held(session)
-                    session.execute(sa.update(Ticket), sorted(notes, key=lambda note: note["id"]))
-        return len(notes)
+                    session.execute(sa.update(Ticket), notes)
+        return len(shown)
+
+    def _show_one(self, ticket: Ticket, trial: TrialRun) -> bool:
+        """Show one trial; returns whether MLflow takes it."""
+        try:
+            self._lease.keep()
+            run = self._store.runs.get(trial.key)
+            if run is None:
+                run = self._store.create(trial.key, trial.name, trial.start, trial.tags)
+            self._lease.keep()
+            self._store.show(run, trial.points, trial.params, trial.tags)
+            if self._data is not None:
+                self._store.show_data(run, self._data)
+            self._lease.keep()
+            if trial.end is None:
+                self._store.set_status(run, trial.status)
+            else:
+                self._store.end(run, trial.status, trial.end)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self._doubt(ticket, error)
+            return False
+        return True
 
     def _doubt(self, ticket: Ticket, error: Exception) -> None:
         """A run that somebody has deleted is made again; a trial that MLflow does not take is left out."""
@@ -247,37 +275,29 @@ class Publisher:
                 curves[row.ticket_id].append(row)
         return curves
 
-    def _publish_ticket(self, ticket: Ticket, curve: Sequence[Epoch]) -> dict[str, Any]:
-        """Show a trial as it is now; returns what to note of it."""
-        run = self._run_of(ticket)
+    def _trial_run(self, ticket: Ticket, curve: Sequence[Epoch]) -> TrialRun:
+        """A trial as it is now."""
         points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
         done = ticket.state == "done"
-        if done:
-            points += final_points(ticket)
-        self._lease.keep()
-        self._store.show(run, points, trial_params(ticket), trial_tags(ticket))
-        if self._data is not None:
-            self._store.show_data(run, self._data)
-        self._lease.keep()
-        if done:
-            self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
-        else:
-            self._store.set_status(run, "RUNNING")
+        return TrialRun(
+            key=str(ticket.id),
+            name=run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind),
+            start=ticket.started_at or 0.0,
+            params=trial_params(ticket),
+            tags=trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id},
+            points=points + final_points(ticket) if done else points,
+            status=STATUS[ticket.outcome or "failed"] if done else "RUNNING",
+            end=ticket.finished_at or 0.0 if done else None,
+        )
+
+    def _note(self, ticket: Ticket, curve: Sequence[Epoch]) -> dict[str, Any]:
+        """What to note of a trial that was shown."""
         return {
             "id": ticket.id,
-            "run_id": run.id,
+            "run_id": self._store.runs[str(ticket.id)].id,
             "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
-            "published_outcome": ticket.outcome if done else None,
+            "published_outcome": ticket.outcome if ticket.state == "done" else None,
         }
-
-    def _run_of(self, ticket: Ticket) -> Run:
-        found = self._store.runs.get(str(ticket.id))
-        if found is not None:
-            return found
-        name = run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
-        tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
-        self._lease.keep()
-        return self._store.create(str(ticket.id), name, ticket.started_at or 0.0, tags)
 
     # The result
 
@@ -305,6 +325,21 @@ class Publisher:
             raise RunsChangedError
         self._parent.show_result(row)
         return True
+
+
+def _portions(tickets: Sequence[Ticket], trials: Mapping[int, TrialRun]) -> Iterator[list[Ticket]]:
+    """The same tickets, with no more points at a time than are shown well within the time of a lease."""
+    some: list[Ticket] = []
+    points = 0
+    for ticket in tickets:
+        more = len(trials[ticket.id].points)
+        if some and points + more > FLUSH_POINTS:
+            yield some
+            some, points = [], 0
+        some.append(ticket)
+        points += more
+    if some:
+        yield some
 
 
 def short_reason(error: BaseException) -> str:

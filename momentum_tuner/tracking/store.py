@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from momentum_tuner.errors import TrackingError, redact
-from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
+from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point, Run, TrialRun
+from momentum_tuner.tracking.tables import RunChange, UnusualError, open_tables
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -86,25 +87,6 @@ def make_sqlite_store(uri: str) -> None:
             made.rename(place)
 
 
-@dataclass
-class Run:
-    """A run as MLflow has it.
-
-    Attributes:
-        id: MLflow's id.
-        status: `RUNNING`, `SCHEDULED`, `FINISHED`, `KILLED` or `FAILED`.
-        params: its params; they never change.
-        tags: its tags.
-        has_data: whether it says what it learns from.
-    """
-
-    id: str
-    status: str
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    has_data: bool = False
-
-
 class RunStore:
     """The runs of one study in MLflow.
 
@@ -123,6 +105,7 @@ class RunStore:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         make_sqlite_store(tracking_uri)
         self._client = MlflowClient(tracking_uri=tracking_uri)
+        self._tables = open_tables(self._client)
         self._experiment = experiment
         self._identity = identity
         self.experiment_id = ""
@@ -151,7 +134,7 @@ class RunStore:
 
     def create(self, key: str, name: str, start: float, tags: Mapping[str, str]) -> Run:
         """Make a run that began at `start` (seconds since 1970)."""
-        tags = {**tags, STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
+        tags = {**tags, **self._own_tags(key)}
         made = self._client.create_run(self.experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
         self.runs[key] = Run(made.info.run_id, made.info.status, tags=tags)
         return self.runs[key]
@@ -183,6 +166,55 @@ class RunStore:
         )
         run.params |= new_params
         run.tags |= new_tags
+
+    def show_together(self, trials: Sequence[TrialRun], data: DatasetInput | None) -> bool:
+        """Show trials as they are now in one go, all of them or none.
+
+        Args:
+            trials: what is shown.
+            data: what they learn from, if that is known.
+
+        Returns:
+            Whether it was done; if not, they are to be shown one by one.
+        """
+        if self._tables is None:
+            return False
+        found = {trial.key: self.runs.get(trial.key) for trial in trials}
+        changes = [self._change(trial, found[trial.key], data is not None) for trial in trials]
+        try:
+            self._tables.write(self.experiment_id, changes, data)
+        except UnusualError:
+            return False
+        for trial, change in zip(trials, changes, strict=True):
+            run = found[trial.key]
+            if run is None:
+                run = self.runs[trial.key] = Run(change.id, change.status)
+            run.status = change.status
+            run.params |= change.params
+            run.tags |= change.tags
+            run.has_data = run.has_data or change.data
+        return True
+
+    def _change(self, trial: TrialRun, run: Run | None, data: bool) -> RunChange:
+        """What MLflow has not got of a trial."""
+        have = run or Run(uuid.uuid4().hex, trial.status)
+        tags = {**trial.tags, **(self._own_tags(trial.key) if run is None else {})}
+        return RunChange(
+            id=have.id,
+            new=run is None,
+            name=trial.name,
+            start=_milliseconds(trial.start),
+            status=trial.status,
+            end=None if trial.end is None else _milliseconds(trial.end),
+            params={k: v for k, v in trial.params.items() if k not in have.params},
+            tags={k: v for k, v in tags.items() if have.tags.get(k) != v},
+            points=trial.points,
+            data=data and not have.has_data,
+        )
+
+    def _own_tags(self, key: str) -> dict[str, str]:
+        """What a run is found again by."""
+        return {STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
 
     def show_file(self, run: Run, text: str, name: str) -> None:
         """Add a text file, or replace the one of that name; it may be in a folder."""
