@@ -6,6 +6,7 @@ too, so that no process list shows them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
+from momentum_tuner.leaving import leave
+
+_LEAST_PRIORITY = 19
 
 
 def main() -> int:
@@ -66,6 +70,14 @@ def _prepare_publisher() -> None:
     import_module("mlflow.tracking")
 
 
+def _prepare_report() -> None:
+    """Import what the report takes, which is made when the last trial has ended, in time that nobody else wants."""
+    with contextlib.suppress(AttributeError, OSError):  # not everywhere has a thread a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+    with contextlib.suppress(Exception):  # whoever makes the report finds out
+        import_module("momentum_tuner.report").prepare()
+
+
 def _work(order: dict[str, object]) -> int:
     from pydantic import TypeAdapter
 
@@ -106,6 +118,7 @@ def _publish(order: dict[str, object]) -> int:
     finishing = threading.Event()
 
     _watch_parent(finishing.set)
+    threading.Thread(target=_prepare_report, name="report", daemon=True).start()
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
     studies = order["studies"]
@@ -116,4 +129,4 @@ def _publish(order: dict[str, object]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
