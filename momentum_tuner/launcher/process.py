@@ -7,6 +7,7 @@ too, so that no process list shows them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def _prepare_publisher() -> None:
 
     quiet_mlflow()
     import_module("mlflow.tracking")
+    gc.freeze()  # what is imported stays: to look through it again and again takes longer than to publish
 
 
 def _prepare_report() -> None:

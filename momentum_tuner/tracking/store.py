@@ -151,21 +151,36 @@ class RunStore:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Add points, and params and tags as far as MLflow has not got them."""
-        from mlflow.entities import Metric, Param, RunTag
-
         new_params = {k: v for k, v in (params or {}).items() if k not in run.params}
         new_tags = {k: v for k, v in (tags or {}).items() if run.tags.get(k) != v}
         if not (points or new_params or new_tags):
             return
-        self._client.log_batch(
-            run.id,
-            # The newest first: MLflow then need not replace its latest value again and again.
-            metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in reversed(points)],
-            params=[Param(k, v) for k, v in new_params.items()],
-            tags=[RunTag(k, v) for k, v in new_tags.items()],
-        )
+        change = RunChange(run.id, False, "", 0, None, None, new_params, new_tags, points, False)
+        if not self._write([change], None):
+            self._log(change)
         run.params |= new_params
         run.tags |= new_tags
+
+    def _write(self, changes: Sequence[RunChange], data: DatasetInput | None) -> bool:
+        """Write into MLflow's tables; returns whether that could be done."""
+        if self._tables is None:
+            return False
+        try:
+            self._tables.write(self.experiment_id, changes, data)
+        except UnusualError:
+            return False
+        return True
+
+    def _log(self, change: RunChange) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._client.log_batch(
+            change.id,
+            # The newest first: MLflow then need not replace its latest value again and again.
+            metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in reversed(change.points)],
+            params=[Param(k, v) for k, v in change.params.items()],
+            tags=[RunTag(k, v) for k, v in change.tags.items()],
+        )
 
     def show_together(self, trials: Sequence[TrialRun], data: DatasetInput | None) -> bool:
         """Show trials as they are now in one go, all of them or none.
@@ -181,15 +196,13 @@ class RunStore:
             return False
         found = {trial.key: self.runs.get(trial.key) for trial in trials}
         changes = [self._change(trial, found[trial.key], data is not None) for trial in trials]
-        try:
-            self._tables.write(self.experiment_id, changes, data)
-        except UnusualError:
+        if not self._write(changes, data):
             return False
         for trial, change in zip(trials, changes, strict=True):
             run = found[trial.key]
             if run is None:
-                run = self.runs[trial.key] = Run(change.id, change.status)
-            run.status = change.status
+                run = self.runs[trial.key] = Run(change.id, trial.status)
+            run.status = trial.status
             run.params |= change.params
             run.tags |= change.tags
             run.has_data = run.has_data or change.data

@@ -37,7 +37,7 @@ class RunChange:
         new: whether the run is to be made.
         name: of a new run.
         start: of a new run, in milliseconds since 1970.
-        status: its status from now on.
+        status: its status from now on; None if that is not to change.
         end: when it ended, likewise; None if it has not, or that is not to change.
         params: those that MLflow has not got.
         tags: those that MLflow has not got, or has otherwise.
@@ -49,7 +49,7 @@ class RunChange:
     new: bool
     name: str
     start: int
-    status: str
+    status: str | None
     end: int | None
     params: Mapping[str, str]
     tags: Mapping[str, str]
@@ -183,11 +183,10 @@ class RunTables:
             ]
             session.connection().execute(sa.insert(self._runs), rows)
         for c in changes:
-            if not c.new:
-                ended = {} if c.end is None else {"end_time": c.end}
-                session.connection().execute(
-                    sa.update(self._runs).where(self._runs.c.run_uuid == c.id).values(status=c.status, **ended)
-                )
+            values = {"status": c.status, "end_time": c.end}
+            values = {name: value for name, value in values.items() if value is not None}
+            if not c.new and values:
+                session.connection().execute(sa.update(self._runs).where(self._runs.c.run_uuid == c.id).values(values))
 
     def _write_inputs(self, session: Session, experiment_id: str, ids: Sequence[str], data: DatasetInput) -> None:
         dataset, sets, inputs = data.dataset, self._datasets.c, self._inputs.c
