@@ -15,7 +15,6 @@ class Module:
 left = Module()
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
-threading.Thread(target=lambda: time.sleep(60), daemon=True).start()
 print("main")
 {leave}(3)
 """
