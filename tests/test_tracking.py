@@ -1514,6 +1514,24 @@ def test_the_latest_value_is_that_of_the_newest_point_and_not_of_the_last_one_wr
     assert len(client.get_metric_history(one.id, "loss")) == 5
 
 
+def test_the_runs_that_the_tables_have_are_those_that_mlflows_client_finds(database, make_spec, uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    publish(database, study, uri)
+    (parent,), children = runs_of(uri)
+    client = MlflowClient(tracking_uri=uri)
+    client.delete_run(children[0].info.run_id)
+    for start_time in (1, 2**42, 2**42):
+        client.create_run(parent.info.experiment_id, start_time=start_time, tags=children[1].data.tags)
+    client.create_run(parent.info.experiment_id, tags={"momentum_tuner.study": "another"})
+    store = Publisher(database, study, uri, "p")._store
+    store.experiment_id = parent.info.experiment_id
+    read = list(store._found())
+    store._tables = None
+    assert read == list(store._found())
+    assert len(read) == 4 + 3
+    assert sum(run.has_data for run in read) == sum(bool(run.params) for run in read) == 4
+
+
 def test_tables_of_an_mlflow_that_is_not_known_or_behind_a_server_are_left_alone(uri, monkeypatch):
     client = MlflowClient(tracking_uri=uri)
     assert open_tables(client) is not None, "compare what it writes with what this release of MLflow writes"

@@ -8,7 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
@@ -121,11 +121,8 @@ class RunStore:
         """
         self.experiment_id = self._find_experiment()
         self.runs = {}
-        for found in self._search():
-            tags = dict(found.data.tags)
-            has_data = found.inputs is not None and bool(found.inputs.dataset_inputs)
-            run = Run(found.info.run_id, found.info.status, dict(found.data.params), tags, has_data)
-            key = tags.get(TICKET_TAG, PARENT)
+        for run in self._found():
+            key = run.tags.get(TICKET_TAG, PARENT)
             other = self.runs.setdefault(key, run)
             if other is not run:
                 if run.id == noted.get(key):
@@ -275,13 +272,19 @@ class RunStore:
         experiment_id: str = found.experiment_id
         return experiment_id
 
-    def _search(self) -> Iterator[Any]:
+    def _found(self) -> Iterator[Run]:
+        """The study's runs, the newest first."""
+        if self._tables is not None:
+            yield from self._tables.find(self.experiment_id, STUDY_TAG, self._identity)
+            return
         token = None
         while True:
             page = self._client.search_runs(
                 [self.experiment_id], f"tags.`{STUDY_TAG}` = '{self._identity}'", max_results=1000, page_token=token
             )
-            yield from page
+            for one in page:
+                has_data = one.inputs is not None and bool(one.inputs.dataset_inputs)
+                yield Run(one.info.run_id, one.info.status, dict(one.data.params), dict(one.data.tags), has_data)
             token = page.token
             if not token:
                 return

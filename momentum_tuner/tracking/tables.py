@@ -1,4 +1,4 @@
-"""MLflow's own tables, where this process reaches them: many runs are written in one transaction.
+"""MLflow's own tables, where this process reaches them: many runs are read or written in one transaction.
 
 MLflow's client takes four calls for a trial, each with several transactions and an object for each value, which is ten
 times what the rows themselves cost. What is written here is what the client would have written, to the row; tests
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from momentum_tuner.tracking.runs import Point
+from momentum_tuner.tracking.runs import Point, Run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,6 +108,39 @@ class RunTables:
             set_={name: latest.excluded[name] for name in values},
             where=sa.tuple_(*(latest.excluded[n] for n in age)) > sa.tuple_(*(self._latest.c[n] for n in age)),
         )
+
+    def find(self, experiment_id: str, tag: str, value: str) -> list[Run]:
+        """The runs of an experiment that have a tag and were not deleted, the newest first."""
+        runs, tags = self._runs.c, self._tags.c
+        ours = (
+            sa.select(runs.run_uuid)
+            .join(self._tags, tags.run_uuid == runs.run_uuid)
+            .where(runs.experiment_id == int(experiment_id), runs.lifecycle_stage == "active")
+            .where(tags.key == tag, tags.value == value)
+        )
+        order = (runs.start_time.desc(), runs.run_uuid)
+        with self._session() as session:
+            rows = session.execute(
+                sa.select(runs.run_uuid, runs.status).where(runs.run_uuid.in_(ours)).order_by(*order)
+            )
+            found = {run_id: Run(run_id, status) for run_id, status in rows}
+            for table in (self._params, self._tags):
+                columns = (table.c.run_uuid, table.c.key, table.c.value)
+                for run_id, key, text in session.execute(sa.select(*columns).where(table.c.run_uuid.in_(ours))):
+                    run = found.get(run_id)
+                    if run is not None:
+                        (run.params if table is self._params else run.tags)[key] = text
+            inputs = self._inputs.c
+            for run_id in session.scalars(
+                sa.select(inputs.destination_id).where(
+                    inputs.source_type == "DATASET",
+                    inputs.destination_type == "RUN",
+                    inputs.destination_id.in_(ours),
+                )
+            ):
+                if run_id in found:
+                    found[run_id].has_data = True
+        return list(found.values())
 
     def write(self, experiment_id: str, changes: Sequence[RunChange], data: DatasetInput | None) -> None:
         """Write all of this or none of it.
