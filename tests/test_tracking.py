@@ -1532,6 +1532,33 @@ def test_the_runs_that_the_tables_have_are_those_that_mlflows_client_finds(datab
     assert sum(run.has_data for run in read) == sum(bool(run.params) for run in read) == 4
 
 
+def test_tables_on_postgresql_are_written_as_mlflows_client_writes_them_on_sqlite(
+    database, make_spec, uri, postgresql, monkeypatch
+):
+    name = postgresql.create()
+    on_postgresql = postgresql.url(name)
+    written = []
+    write = RunTables.write
+    monkeypatch.setattr(RunTables, "write", lambda *args: (write(*args), written.extend(c.id for c in args[2]))[0])
+    study = submit(database, make_spec)
+    held = start(database, study)
+    record_epochs(database, [(c, r) for c in held for r in epochs(2)])
+    make_live(database)
+    for outcome in (None, complete(0.5)):
+        if outcome is not None:
+            finish(database, *((c, outcome, epochs(4)) for c in held))
+        publish(database, study, on_postgresql)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "open_tables", lambda _: None)
+            publish(database, study, uri)
+    _, children = runs_of(on_postgresql)
+    assert {c.info.run_id for c in children} <= set(written)
+    assert {c.info.status for c in children} == {"FINISHED"}
+    assert contents(on_postgresql, with_ids=False) == contents(uri, with_ids=False)
+    MlflowClient(tracking_uri=on_postgresql)._tracking_client.store._dispose_engine()
+    postgresql.drop(name)
+
+
 def test_tables_of_an_mlflow_that_is_not_known_or_behind_a_server_are_left_alone(uri, monkeypatch):
     client = MlflowClient(tracking_uri=uri)
     assert open_tables(client) is not None, "compare what it writes with what this release of MLflow writes"
