@@ -21,7 +21,8 @@ def leave(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     try:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            if stream is not None and not stream.closed:
+                stream.flush()
     except OSError:  # Python knows what to say of it
         sys.exit(code)
     os._exit(code)

@@ -1070,6 +1070,31 @@ def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_
     assert sorted(c.info.run_id for c in children) == sorted(n[1] for n in noted)
 
 
+def test_a_publisher_that_lost_its_lease_as_it_wrote_all_at_once_notes_nothing(database, make_spec, uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
+    real = RunStore.show_together
+
+    def sleeping(self, trials, data):
+        expire_lease(database)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunStore, "show_together", real)
+            assert quick.publish().complete
+        return real(self, trials, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "show_together", sleeping)
+        assert slow.publish().busy
+    noted = notes(database)
+    assert len(runs_of(uri)[1]) == 8, "the zombie has made runs"
+    quick.close()
+    assert slow.publish().complete
+    slow.close()
+    assert notes(database) == noted
+    _, children = runs_of(uri)
+    assert sorted(c.info.run_id for c in children) == sorted(n[1] for n in noted)
+
+
 def test_threads_that_publish_at_once_double_nothing(database, make_spec, uri):
     study = finished_study(database, make_spec, trials=6)
     loops = [PublisherLoop(database, ["digits-mlp"], uri, f"p{n}") for n in range(2)]

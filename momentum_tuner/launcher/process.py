@@ -74,7 +74,7 @@ def _prepare_publisher() -> None:
 
 def _prepare_report() -> None:
     """Import what the report takes, which is made when the last trial has ended, in time that nobody else wants."""
-    with contextlib.suppress(AttributeError, OSError):  # not everywhere has a thread a priority of its own
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
     with contextlib.suppress(Exception):  # whoever makes the report finds out
         import_module("momentum_tuner.report").prepare()
