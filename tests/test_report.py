@@ -4,15 +4,20 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 
 from momentum_tuner.cli import cli
-from momentum_tuner.errors import InputError
+from momentum_tuner.database import Study
+from momentum_tuner.errors import InputError, TaskError
+from momentum_tuner.report import trajectories as trajectories_module
 from momentum_tuner.report import trials_csv, write_report, write_trials
 from momentum_tuner.search import design
-from momentum_tuner.tickets import find_study, submit_study
+from momentum_tuner.tickets import find_study, note_data, submit_study
 from momentum_tuner.worker import StopSignal, run_worker
 from momentum_tuner.worker_options import WorkerOptions
 
@@ -125,3 +130,36 @@ def test_the_command_writes_both_and_says_where(finished, tmp_path, monkeypatch)
     assert "Report: bowl-report.html" in run.output
     assert (tmp_path / "bowl-report.html").stat().st_size > 1_000_000
     assert (tmp_path / "t.csv").exists()
+
+
+def test_a_task_with_data_is_not_loaded_for_a_landscape_that_it_has_not(
+    sqlite_database, make_spec, tmp_path, monkeypatch
+):
+    made = Recorded(sqlite_database, make_spec(optimizers=["sgd"], confirm={"seeds": 0}))
+    made.search("sgd", 0.5, 0.5)
+    loaded = []
+
+    def load(*arguments, **_):
+        loaded.append(arguments[0])
+        raise TaskError("not here")
+
+    monkeypatch.setattr(trajectories_module, "load_task", load)
+    note_data(sqlite_database, made.record.id, {"name": "digits_mlp", "kind": "tensors", "digest": "0"})
+    written(sqlite_database, made.record.name, tmp_path)
+    assert loaded == []
+    with sqlite_database.write() as session:
+        session.execute(sa.update(Study).values(data={"name": "bowl", "kind": "landscape", "digest": "0"}))
+    written(sqlite_database, made.record.name, tmp_path)
+    assert loaded == [made.record.spec.task.factory]
+
+
+def test_what_is_prepared_is_what_takes_long_to_import():
+    """The publisher does it while trials run; torch is not among it, which only a landscape takes."""
+    script = (
+        "import sys; from momentum_tuner import report; report.prepare()\n"
+        "missing = {'jinja2', 'sklearn.ensemble', 'optuna.importance._ped_anova'} - set(sys.modules)\n"
+        "assert not missing, missing\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -40,21 +39,16 @@ from momentum_tuner.tickets import (
     submit_study,
     with_trial,
 )
-from momentum_tuner.tracking import (
-    Publisher,
-    PublisherLoop,
-    bulk,
-    check_tracking_uri,
-    quiet_mlflow,
-    run_name,
-    short_momentum,
-)
+from momentum_tuner.tracking import Publisher, PublisherLoop, check_tracking_uri, quiet_mlflow, run_name, short_momentum
 from momentum_tuner.tracking import lease as lease_module
 from momentum_tuner.tracking import parent as parent_module
 from momentum_tuner.tracking import publisher as publisher_module
-from momentum_tuner.tracking.bulk import BulkRuns
+from momentum_tuner.tracking import store as store_module
+from momentum_tuner.tracking import tables as tables_module
 from momentum_tuner.tracking.lease import Lease
+from momentum_tuner.tracking.runs import Point
 from momentum_tuner.tracking.store import RunStore
+from momentum_tuner.tracking.tables import RunChange, RunTables, open_tables
 from tests.recorded import Recorded
 
 STEPS = 23
@@ -94,12 +88,6 @@ def control_uri(folder, empty_mlflow) -> str:
     """A second MLflow store, to compare with."""
     shutil.copy(empty_mlflow, folder / "control.db")
     return f"sqlite:///{folder / 'control.db'}"
-
-
-@pytest.fixture
-def step_by_step(monkeypatch) -> None:
-    """MLflow as a server is spoken to: by its client, one run after another."""
-    monkeypatch.setattr(BulkRuns, "of", lambda client: None)
 
 
 @pytest.fixture
@@ -607,38 +595,61 @@ class Died(BaseException):
 
 
 DEATHS = [
-    ("learn", 1, "after"),
-    ("create", 1, "before"),
-    ("create", 1, "after"),
-    ("show", 1, "after"),
-    ("show_file", 1, "after"),
-    ("create", 3, "after"),
-    ("show", 4, "after"),
-    ("end", 3, "after"),
-    ("end", 5, "after"),
-    ("show_data", 1, "before"),
-    ("show_data", 3, "after"),
-    ("show_file", 3, "after"),
-    ("show_file", 7, "after"),
-    ("mark", 1, "before"),
-    ("mark", 1, "after"),
+    (RunStore, "learn", 1, "after"),
+    (RunStore, "create", 1, "before"),
+    (RunStore, "create", 1, "after"),
+    (RunStore, "show", 1, "after"),
+    (RunStore, "show_file", 1, "after"),
+    (RunStore, "show_data", 1, "before"),
+    (RunStore, "show_file", 3, "after"),
+    (RunStore, "show_file", 7, "after"),
+    (RunStore, "mark", 1, "before"),
+    (RunStore, "mark", 1, "after"),
 ]
-BULK_DEATHS = [("add_ended", 1, "before"), ("add_ended", 1, "after"), ("show", 2, "after")]
+DEATHS_TOGETHER = [
+    (RunStore, "show_together", 1, "before"),
+    (RunStore, "show_together", 1, "after"),
+    (RunTables, "_write_runs", 1, "after"),
+    (RunTables, "_write_runs", 3, "before"),
+    (RunTables, "_write_runs", 3, "after"),
+    (RunTables, "_write_inputs", 1, "after"),
+]
+DEATHS_ONE_BY_ONE = [
+    (RunStore, "create", 3, "after"),
+    (RunStore, "show", 4, "after"),
+    (RunStore, "show_data", 3, "after"),
+    (RunStore, "end", 3, "after"),
+    (RunStore, "end", 5, "after"),
+]
 
 
-@pytest.mark.parametrize(
-    ("where", "number", "when", "bulk"), [(*d, False) for d in DEATHS] + [(*d, True) for d in BULK_DEATHS]
-)
+@pytest.fixture
+def one_by_one(monkeypatch) -> None:
+    """Trials are shown through MLflow's client, as where its tables are out of reach."""
+    monkeypatch.setattr(store_module, "open_tables", lambda _: None)
+
+
+@pytest.mark.parametrize(("where", "name", "number", "when"), DEATHS + DEATHS_TOGETHER)
 def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
-    database, make_spec, uri, control_uri, monkeypatch, where, number, when, bulk
+    database, make_spec, uri, control_uri, monkeypatch, where, name, number, when
 ):
-    if not bulk:
-        monkeypatch.setattr(BulkRuns, "of", lambda client: None)
+    check_death(database, make_spec, uri, control_uri, monkeypatch, where, name, number, when)
+
+
+@pytest.mark.parametrize(("where", "name", "number", "when"), DEATHS_ONE_BY_ONE)
+@pytest.mark.usefixtures("one_by_one")
+def test_a_publisher_that_dies_between_two_calls_is_followed_without_a_double(
+    database, make_spec, uri, control_uri, monkeypatch, where, name, number, when
+):
+    check_death(database, make_spec, uri, control_uri, monkeypatch, where, name, number, when)
+
+
+def check_death(database, make_spec, uri, control_uri, monkeypatch, where, name, number, when):
     study = finished_study(database, make_spec)
     publish(database, study, control_uri)
     control = contents(control_uri, with_ids=False)
     dead = Database(database.text)
-    real, calls = getattr(RunStore, where), 0
+    real, calls = getattr(where, name), 0
 
     def die() -> None:
         raise Died
@@ -653,7 +664,7 @@ def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunStore, where, dying)
+        patch.setattr(where, name, dying)
         with pytest.raises(Died):
             Publisher(dead, study, uri, "dead").publish()
     dead.close()
@@ -663,70 +674,6 @@ def test_a_publisher_that_dies_anywhere_is_followed_without_a_double(
     assert contents(uri, with_ids=False) == control
     parents, children = runs_of(uri, view=ViewType.ALL)
     assert (len(parents), len(children)) == (1, 4)
-
-
-def test_runs_that_are_added_whole_are_those_that_mlflows_client_makes(
-    database, make_spec, uri, control_uri, monkeypatch
-):
-    study = finished_study(database, make_spec, trials=20)
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "create_run", only_parents(MlflowClient.create_run))
-        assert publish(database, study, uri).complete
-    monkeypatch.setattr(BulkRuns, "of", lambda client: None)
-    assert publish(database, study, control_uri).complete
-    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
-    rows = [everything(store) for store in (uri, control_uri)]
-    assert rows[0] == rows[1]
-    assert len(rows[0]["metrics"]) > 40 * 50
-
-
-def only_parents(create_run):
-    """A client that makes no child runs."""
-
-    def wrapped(self, experiment_id, start_time=None, tags=None, run_name=None):
-        assert PARENT not in tags
-        return create_run(self, experiment_id, start_time=start_time, tags=tags, run_name=run_name)
-
-    return wrapped
-
-
-def everything(uri: str) -> dict[str, list[tuple[object, ...]]]:
-    """All rows of MLflow's tables about runs, with a run's name for its id."""
-    engine = sa.create_engine(uri)
-    with engine.connect() as connection:
-        found = {}
-        names = dict(list(map(tuple, connection.execute(sa.text("SELECT run_uuid, name FROM runs")))))
-        inputs = dict(list(map(tuple, connection.execute(sa.text("SELECT input_uuid, destination_id FROM inputs")))))
-        known = names | {key: f"input of {names[run_id]}" for key, run_id in inputs.items()}
-        known |= dict(list(map(tuple, connection.execute(sa.text("SELECT dataset_uuid, name FROM datasets")))))
-        tables = ("runs", "tags", "params", "metrics", "latest_metrics", "datasets", "inputs", "input_tags")
-        for table in tables:
-            rows = connection.execute(sa.text(f"SELECT * FROM {table}")).all()
-            found[table] = sorted(
-                repr([re.sub(r"[0-9a-f]{32}", lambda m: known.get(m[0], m[0]), str(v)) for v in row]) for row in rows
-            )
-    engine.dispose()
-    return found
-
-
-def test_a_trial_that_mlflow_does_not_take_is_not_added_whole_and_the_others_are(database, make_spec, uri, caplog):
-    study = submit(database, make_spec, trials=3)
-    claims = start(database, study)
-    records = [
-        [replace(r, metrics={"accu/../racy" if n == 1 else "accuracy": 0.5}) for r in epochs(2)] for n in range(6)
-    ]
-    finish(database, *((c, complete(0.5, 2), r) for c, r in zip(claims, records, strict=True)))
-    found = publish(database, study, uri)
-    assert (found.trials, found.refused) == (5, 1)
-    assert caplog.text.count("MLflow does not take trial") == 1
-
-
-def test_an_mlflow_with_other_tables_is_spoken_to_by_its_client(database, make_spec, uri, monkeypatch):
-    monkeypatch.setitem(bulk._COLUMNS, "runs", bulk._COLUMNS["runs"] | {"color"})
-    study = finished_study(database, make_spec)
-    assert BulkRuns.of(MlflowClient(tracking_uri=uri)) is None
-    assert publish(database, study, uri).trials == 4
-    assert len(runs_of(uri)[1]) == 4
 
 
 def test_a_deleted_store_is_rebuilt(database, make_spec, uri, control_uri):
@@ -774,6 +721,7 @@ def test_a_run_made_twice_is_shown_once(database, make_spec, uri):
     assert contents(uri) == before
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_run_made_twice_while_publishing_is_gone_at_the_end(database, make_spec, uri, monkeypatch):
     study = finished_study(database, make_spec)
     real = RunStore.create
@@ -790,9 +738,8 @@ def test_a_run_made_twice_while_publishing_is_gone_at_the_end(database, make_spe
     assert {c.info.run_id for c in children} == {n[1] for n in notes(database)}
 
 
-def test_runs_that_vanish_again_and_again_do_not_keep_the_publisher_for_ever(
-    database, make_spec, uri, monkeypatch, step_by_step
-):
+@pytest.mark.usefixtures("one_by_one")
+def test_runs_that_vanish_again_and_again_do_not_keep_the_publisher_for_ever(database, make_spec, uri, monkeypatch):
     study = finished_study(database, make_spec)
     real = RunStore.end
 
@@ -1091,9 +1038,8 @@ def test_a_lease_is_renewed_while_publishing(database, make_spec, uri, monkeypat
 
 
 @pytest.mark.parametrize("noticed", ["at the next trial", "as it notes"])
-def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(
-    database, make_spec, uri, monkeypatch, noticed, step_by_step
-):
+@pytest.mark.usefixtures("one_by_one")
+def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(database, make_spec, uri, monkeypatch, noticed):
     study = finished_study(database, make_spec)
     slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
     real = RunStore.create
@@ -1124,30 +1070,29 @@ def test_a_publisher_that_lost_its_lease_stops_and_notes_nothing(
     assert sorted(c.info.run_id for c in children) == sorted(n[1] for n in noted)
 
 
-def test_runs_that_were_added_whole_after_the_lease_was_lost_are_deleted_by_who_has_it_next(
-    database, make_spec, uri, monkeypatch
-):
+def test_a_publisher_that_lost_its_lease_as_it_wrote_all_at_once_notes_nothing(database, make_spec, uri, monkeypatch):
     study = finished_study(database, make_spec)
     slow, quick = Publisher(database, study, uri, "slow"), Publisher(database, study, uri, "quick")
-    real = RunStore.add_ended
+    real = RunStore.show_together
 
-    def sleeping(self, ended, data):
+    def sleeping(self, trials, data):
         expire_lease(database)
         with monkeypatch.context() as patch:
-            patch.setattr(RunStore, "add_ended", real)
+            patch.setattr(RunStore, "show_together", real)
             assert quick.publish().complete
-        real(self, ended, data)
+        return real(self, trials, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunStore, "add_ended", sleeping)
+        patch.setattr(RunStore, "show_together", sleeping)
         assert slow.publish().busy
     noted = notes(database)
-    assert len(runs_of(uri)[1]) == 8
+    assert len(runs_of(uri)[1]) == 8, "the zombie has made runs"
     quick.close()
     assert slow.publish().complete
     slow.close()
     assert notes(database) == noted
-    assert sorted(c.info.run_id for c in runs_of(uri)[1]) == sorted(n[1] for n in noted)
+    _, children = runs_of(uri)
+    assert sorted(c.info.run_id for c in children) == sorted(n[1] for n in noted)
 
 
 def test_threads_that_publish_at_once_double_nothing(database, make_spec, uri):
@@ -1508,6 +1453,196 @@ def test_a_short_momentum_keeps_its_distance_to_one(momentum):
     short = float(short_momentum(momentum))
     assert abs(short - momentum) <= 0.05 * (1.0 - momentum)
     assert len(short_momentum(momentum)) <= 8
+
+
+# MLflow's own tables
+
+
+def rows_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All rows that MLflow has of runs, with names in place of its random ids."""
+    tables = ("runs", "tags", "params", "metrics", "latest_metrics", "datasets", "inputs", "input_tags")
+    with sqlite3.connect(path) as connection:
+        names = dict(connection.execute("SELECT run_uuid, name FROM runs"))
+        names |= dict(connection.execute("SELECT dataset_uuid, name FROM datasets"))
+        for key, source, destination in connection.execute("SELECT input_uuid, source_id, destination_id FROM inputs"):
+            names[key] = f"{names[source]} of {names[destination]}"
+        found = {table: list(connection.execute(f"SELECT * FROM {table}")) for table in tables}
+    connection.close()
+
+    def plain(value: object) -> object:
+        if isinstance(value, str):
+            for key, name in names.items():
+                value = value.replace(key, name)
+        return value
+
+    return {table: sorted((tuple(map(plain, row)) for row in rows), key=repr) for table, rows in found.items()}
+
+
+def test_what_is_written_into_the_tables_is_what_mlflows_client_writes(
+    database, make_spec, uri, control_uri, folder, monkeypatch
+):
+    made = {"together": 0, "one by one": 0}
+    write, create = RunTables.write, RunStore.create
+
+    def counted(self, experiment_id, changes, data):
+        made["together"] += sum(change.new for change in changes)
+        write(self, experiment_id, changes, data)
+
+    def counted_one(self, key, *args):
+        made["one by one"] += key != ""
+        return create(self, key, *args)
+
+    monkeypatch.setattr(RunTables, "write", counted)
+    monkeypatch.setattr(RunStore, "create", counted_one)
+
+    def publish_both() -> None:
+        """Each finds the notes of the other, and so shows all of it, which is there in part."""
+        publish(database, study, uri)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "open_tables", lambda _: None)
+            publish(database, study, control_uri)
+        assert rows_of(folder / "mlflow.db") == rows_of(folder / "control.db")
+
+    study = submit(database, make_spec)
+    pruned, whole = start(database, study, 2)
+    record_epochs(database, [(c, r) for c in (pruned, whole) for r in epochs(2)])
+    make_live(database)
+    publish_both()
+    assert made == {"together": 2, "one by one": 2}
+    give_back(database, [whole])
+    whole, failed, late = start(database, study, worker="other-worker")
+    reason = Result("failed", None, None, "ValueError: `x`", traceback="Traceback\n  ValueError")
+    finish(
+        database,
+        (pruned, Result("pruned", 1.5, {"best_valid_loss": 1.5, "steps": 46}), epochs(3)),
+        (failed, reason, []),
+        (whole, complete(0.5), epochs(4)),
+        (late, complete(0.25), epochs(4, -1.0)),
+    )
+    publish_both()
+    finish_study(database, study.id)
+    publish_both()
+    assert made == {"together": 4, "one by one": 4}
+    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
+
+
+def test_the_latest_value_is_that_of_the_newest_point_and_not_of_the_last_one_written(uri):
+    client = MlflowClient(tracking_uri=uri)
+    experiment, tables = client.create_experiment("some"), open_tables(client)
+    one = RunChange("0" * 32, True, "one", 1, "RUNNING", None, {}, {}, [], data=False)
+    for new, points in ((True, [(5, 10, 0.5), (4, 99, 9.0)]), (False, [(3, 11, 8.0)]), (False, [(5, 10, 0.25)])):
+        found = [Point("loss", value, timestamp, step) for step, timestamp, value in points]
+        tables.write(experiment, [replace(one, new=new, points=found)], None)
+        assert client.get_run(one.id).data.metrics == {"loss": 0.5}
+    tables.write(experiment, [replace(one, new=False, points=[Point("loss", 0.75, 10, 5)])], None)
+    assert client.get_run(one.id).data.metrics == {"loss": 0.75}
+    assert len(client.get_metric_history(one.id, "loss")) == 5
+
+
+def test_the_runs_that_the_tables_have_are_those_that_mlflows_client_finds(database, make_spec, uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    publish(database, study, uri)
+    (parent,), children = runs_of(uri)
+    client = MlflowClient(tracking_uri=uri)
+    client.delete_run(children[0].info.run_id)
+    for start_time in (1, 2**42, 2**42):
+        client.create_run(parent.info.experiment_id, start_time=start_time, tags=children[1].data.tags)
+    client.create_run(parent.info.experiment_id, tags={"momentum_tuner.study": "another"})
+    store = Publisher(database, study, uri, "p")._store
+    store.experiment_id = parent.info.experiment_id
+    read = list(store._found())
+    store._tables = None
+    assert read == list(store._found())
+    assert len(read) == 4 + 3
+    assert sum(run.has_data for run in read) == sum(bool(run.params) for run in read) == 4
+
+
+def test_tables_on_postgresql_are_written_as_mlflows_client_writes_them_on_sqlite(
+    database, make_spec, uri, postgresql, monkeypatch
+):
+    name = postgresql.create()
+    on_postgresql = postgresql.url(name)
+    written = []
+    write = RunTables.write
+    monkeypatch.setattr(RunTables, "write", lambda *args: (write(*args), written.extend(c.id for c in args[2]))[0])
+    study = submit(database, make_spec)
+    held = start(database, study)
+    record_epochs(database, [(c, r) for c in held for r in epochs(2)])
+    make_live(database)
+    for outcome in (None, complete(0.5)):
+        if outcome is not None:
+            finish(database, *((c, outcome, epochs(4)) for c in held))
+        publish(database, study, on_postgresql)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "open_tables", lambda _: None)
+            publish(database, study, uri)
+    _, children = runs_of(on_postgresql)
+    assert {c.info.run_id for c in children} <= set(written)
+    assert {c.info.status for c in children} == {"FINISHED"}
+    assert contents(on_postgresql, with_ids=False) == contents(uri, with_ids=False)
+    MlflowClient(tracking_uri=on_postgresql)._tracking_client.store._dispose_engine()
+    postgresql.drop(name)
+
+
+def test_tables_of_an_mlflow_that_is_not_known_or_behind_a_server_are_left_alone(uri, monkeypatch):
+    client = MlflowClient(tracking_uri=uri)
+    assert open_tables(client) is not None, "compare what it writes with what this release of MLflow writes"
+    assert open_tables(MlflowClient(tracking_uri="http://127.0.0.1:9")) is None
+    monkeypatch.setattr(tables_module, "COMPARED_WITH", ("3.1",))
+    assert open_tables(client) is None
+
+
+def test_more_points_than_go_at_once_are_all_shown(database, make_spec, uri, control_uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    publish(database, study, control_uri)
+    monkeypatch.setattr(publisher_module, "FLUSH_POINTS", 60)
+    sizes = []
+    write = RunTables.write
+    monkeypatch.setattr(RunTables, "write", lambda *args: (sizes.append(sum(c.new for c in args[2])), write(*args))[1])
+    assert publish(database, study, uri).trials == 4
+    assert sum(sizes) == 4
+    assert max(sizes) < 4
+    assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
+
+
+# How long it takes
+
+
+def test_seconds_per_published_trial(database, make_spec, uri, capsys):
+    """Printed, not judged."""
+    trials, count = 16, 20
+    spec = make_spec(optimizers=["nesterov"], budget={"trials": trials, "epochs": count})
+    study = submit_study(database, spec, None, lambda _: None)
+    claims = start(database, study)
+    record_epochs(database, [(c, r) for c in claims for r in epochs(count)])
+    finish(database, *((c, complete(0.5, count), []) for c in claims))
+    publisher = Publisher(database, study, uri, "p")
+    publisher._lease.take()
+    publisher._learn()
+    publisher._parent.show()
+    spent = {"all": -time.perf_counter(), "mlflow": 0.0}
+    for name in ("create_run", "log_batch", "set_terminated", "search_runs", "get_experiment_by_name"):
+        setattr(publisher._store._client, name, timed(getattr(publisher._store._client, name), spent))
+    publisher._store._tables.write = timed(publisher._store._tables.write, spent)
+    assert publisher.publish().trials == trials
+    spent["all"] += time.perf_counter()
+    publisher.close()
+    _, children = runs_of(uri)
+    assert sum(len(points) for c in children for points in points_of(uri, c.info.run_id).values()) == trials * 227
+    with capsys.disabled():
+        each, own = (1000.0 * s / trials for s in (spent["all"], spent["all"] - spent["mlflow"]))
+        print(f"\npublishing a trial of {count} epochs: {each:.1f} ms, of which {own:.1f} ms are not spent on MLflow")
+
+
+def timed(call, spent):
+    def wrapped(*args, **kwargs):
+        begin = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent["mlflow"] += time.perf_counter() - begin
+
+    return wrapped
 
 
 def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkeypatch):

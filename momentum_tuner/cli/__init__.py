@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from momentum_tuner.errors import MomentumTunerError
+from momentum_tuner.leaving import leave
 
 COMMANDS = {
     "init": "momentum_tuner.cli.start:init",
@@ -114,5 +115,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    gc.freeze()  # nor does it help to look through them at the end
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if "torch" in sys.modules:
+        leave(code)
+    sys.exit(code)

@@ -6,6 +6,7 @@ too, so that no process list shows them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -18,6 +19,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
+from momentum_tuner.leaving import leave
+
+_LEAST_PRIORITY = 19
 
 
 def main() -> int:
@@ -31,7 +35,7 @@ def main() -> int:
         prepare_worker()
     else:
         _prepare_publisher()
-    gc.freeze()
+    gc.freeze()  # it stays: to look through it later takes as long
     gc.enable()
     line = sys.stdin.readline()
     if not line:
@@ -68,6 +72,14 @@ def _prepare_publisher() -> None:
 
     quiet_mlflow()
     import_module("mlflow.tracking")
+
+
+def _prepare_report() -> None:
+    """Import what the report takes, which is made when the last trial has ended, in time that nobody else wants."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+    with contextlib.suppress(Exception):  # whoever makes the report finds out
+        import_module("momentum_tuner.report").prepare()
 
 
 def _work(order: dict[str, object]) -> int:
@@ -110,6 +122,7 @@ def _publish(order: dict[str, object]) -> int:
     finishing = threading.Event()
 
     _watch_parent(finishing.set)
+    threading.Thread(target=_prepare_report, name="report", daemon=True).start()
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
     studies = order["studies"]
@@ -120,7 +133,4 @@ def _publish(order: dict[str, object]) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(exit_code)  # to take torch or MLflow apart would keep whoever waits for more than a second
+    leave(main())

@@ -134,9 +134,11 @@ def gather(database: Database, study: StudyRecord, trusted: Collection[str] = ()
         maps=[stability_map(database, study, optimizer) for optimizer in study.spec.contestants],
         importances=importances(database, study),
         machines=_machines(database, study),
-        plane=trajectories(study, [best[o] for o in order], seeds[0] if seeds else study.spec.seed, trusted)
-        if row is None or row.data is None or row.data["kind"] == "landscape"  # else the task need not be loaded
-        else None,
+        plane=(
+            trajectories(study, [best[o] for o in order], seeds[0] if seeds else study.spec.seed, trusted)
+            if row is None or (row.data or {}).get("kind", "landscape") == "landscape"
+            else None
+        ),
     )
 
 

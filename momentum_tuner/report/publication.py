@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from momentum_tuner.comparison import Pair
 from momentum_tuner.database import Database
 from momentum_tuner.report.evidence import Evidence, gather
-from momentum_tuner.report.page import render, render_figures
+from momentum_tuner.report.page import packed_plotly, render, render_figures
 from momentum_tuner.report.sections import Section, Table, sections
 from momentum_tuner.report.trials import trials_csv
 from momentum_tuner.report.words import fairness, headline, pair_words, target_words
@@ -38,6 +39,13 @@ class Publication:
     description: str
     verdicts: Mapping[str, str]
     files: Mapping[str, str]
+
+
+def prepare() -> None:
+    """Import what a publication takes, and pack Plotly's library, which takes longer than all else of a small study."""
+    for module in ("jinja2", "optuna.importance"):
+        import_module(module)
+    packed_plotly()
 
 
 def publication(database: Database, study: StudyRecord) -> Publication:

@@ -284,7 +284,7 @@ def open_tickets_per_worker(database: Database, study_id: int) -> float:
         return (session.scalar(tickets) or 0) / max(1, session.scalar(workers) or 0)
 
 
-def epoch_record(row: Epoch) -> EpochRecord:
+def epoch_record(row: Epoch | sa.Row[Any]) -> EpochRecord:
     """A row of the table as the record it was made from."""
     return EpochRecord(**{name: getattr(row, name) for name in EpochRecord.__dataclass_fields__})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
 
 import sqlalchemy as sa
 
@@ -19,13 +18,6 @@ from momentum_tuner.tracking.store import check_tracking_uri
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 30.0
-
-
-def prepare_result() -> None:
-    """Import what a study's result is made with, which takes seconds, before anybody waits for it."""
-    import_module("momentum_tuner.report")
-    import_module("optuna.importance")
-    import_module("plotly.io")
 
 
 class PublisherLoop:
@@ -62,13 +54,9 @@ class PublisherLoop:
         """
         pause = every
         patience = LEASE_SECONDS + every
-        prepared = False
         while True:
             last = finishing()
             whole = self._try_pass()
-            if not prepared and not last:
-                prepare_result()
-                prepared = True
             pause = every if whole is not None else min(max(pause, every) * 2, LONGEST_PAUSE)
             if last and (whole is not False or patience <= 0.0):
                 break

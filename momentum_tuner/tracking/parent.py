@@ -18,17 +18,17 @@ from momentum_tuner.errors import StorageError, redact
 from momentum_tuner.spec import spec_hash
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, search_kind
 from momentum_tuner.tracking.lease import Lease, LeaseLostError
-from momentum_tuner.tracking.runs import CHAMPION_TAG, DESCRIPTION_TAG
-from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
+from momentum_tuner.tracking.runs import CHAMPION_TAG, DESCRIPTION_TAG, Point, Run
+from momentum_tuner.tracking.store import PARENT, RunStore, is_refusal
 from momentum_tuner.tracking.studies import (
     FILES_TAG,
     SPEC_TAG,
     EndedTrial,
+    StudyCurves,
     beginning,
     best_params,
     load_points,
     study_params,
-    study_points,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class ParentRun:
         self._study = study
         self._store = store
         self._lease = lease
+        self._curves = StudyCurves(study.spec)
 
     def show(self) -> None:
         """Find or make the run, with what the study file says."""
@@ -107,7 +108,7 @@ class ParentRun:
                 row = session.get(Study, self._study.id)
                 if row is None:
                     raise LeaseLostError
-                ended = self._ended(session, row)
+                points = self._new_points(session, row)
                 loads = session.scalars(
                     sa.select(Load)
                     .where(Load.study_id == row.id, Load.published.is_(False))
@@ -115,7 +116,6 @@ class ParentRun:
                     .limit(FLUSH_LOADS)
                 ).all()
             more = len(loads) == FLUSH_LOADS
-            points = study_points(self._study.spec, ended, row.parent_trials)
             points += load_points(loads, self._study.created_at)
             tags = {} if row.phase == "done" else {DESCRIPTION_TAG: beginning(self._study.name, row.phase)}
             parent = self._parent()
@@ -130,7 +130,7 @@ class ParentRun:
                 raise RunsChangedError from error
             with self._database.write() as session:
                 held = self._lease.held(session)
-                held.parent_trials = max(held.parent_trials, len(ended))
+                held.parent_trials = max(held.parent_trials, self._curves.trials)
                 for load in loads:
                     session.execute(
                         sa.update(Load)
@@ -138,18 +138,27 @@ class ParentRun:
                         .values(published=True)
                     )
 
-    def _ended(self, session: Session, row: Study) -> Sequence[EndedTrial]:
-        """All trials that have ended and whose order is sure, if there are more than the curves show."""
+    def _new_points(self, session: Session, row: Study) -> list[Point]:
+        """Points of the curves over trials that have ended and whose order is sure, as far as MLflow has not got them.
+
+        All trials are read once, and then those that have ended since.
+        """
+        if self._curves.trials != row.parent_trials:  # it is another run, or was not noted as the last points were
+            self._curves = StudyCurves(self._study.spec)
+        curves = self._curves
         sure = [Ticket.study_id == row.id, Ticket.state == "done", Ticket.trial_number.is_not(None)]
         if row.phase != "done":
             sure.append(Ticket.finished_at < database_now() - SETTLE_SECONDS)
-        count = session.scalar(sa.select(sa.func.count()).select_from(Ticket).where(*sure)) or 0
-        if count <= row.parent_trials:
-            return ()
-        columns = (Ticket.kind, Ticket.outcome, Ticket.value, Ticket.measures, Ticket.started_at, Ticket.finished_at)
-        found = session.execute(sa.select(*columns).where(*sure).order_by(Ticket.finished_at, Ticket.id))
-        return [
-            EndedTrial(
+        place = (Ticket.finished_at, Ticket.id)
+        if curves.last is not None:
+            sure.append(sa.tuple_(*place) > sa.tuple_(curves.last.finished_at, curves.last.ticket))
+        columns = (Ticket.id, Ticket.kind, Ticket.outcome, Ticket.value, Ticket.measures, Ticket.started_at)
+        points: list[Point] = []
+        for ticket, kind, outcome, value, measures, started_at, finished_at in session.execute(
+            sa.select(*columns, Ticket.finished_at).where(*sure).order_by(*place)
+        ):
+            trial = EndedTrial(
+                ticket=ticket,
                 kind=kind,
                 outcome=outcome or "failed",
                 value=value,
@@ -157,8 +166,10 @@ class ParentRun:
                 started_at=started_at or finished_at or 0.0,
                 finished_at=finished_at or 0.0,
             )
-            for kind, outcome, value, measures, started_at, finished_at in found
-        ]
+            found = curves.add(trial)
+            if curves.trials > row.parent_trials:
+                points += found
+        return points
 
     def show_result(self, row: Study) -> None:
         """Show the result of a study that is done and whose curves are whole, and end the run.

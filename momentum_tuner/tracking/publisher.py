@@ -19,20 +19,19 @@ import sqlalchemy as sa
 from momentum_tuner.database import Database, Epoch, Study, Ticket, database_now
 from momentum_tuner.errors import redact
 from momentum_tuner.tickets import StudyRecord, epoch_record
-from momentum_tuner.tracking.bulk import EndedRun
 from momentum_tuner.tracking.lease import Lease, LeaseLostError
 from momentum_tuner.tracking.parent import ParentRun, RunsChangedError
 from momentum_tuner.tracking.runs import (
     PARENT_TAG,
     STATUS,
-    Point,
+    TrialRun,
     epoch_points,
     final_points,
     run_name,
     trial_params,
     trial_tags,
 )
-from momentum_tuner.tracking.store import PARENT, Run, RunStore, is_refusal
+from momentum_tuner.tracking.store import PARENT, RunStore, is_refusal
 from momentum_tuner.tracking.studies import data_input
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FLUSH_TICKETS = 32
+FLUSH_POINTS = 50_000
 MOST_CHANGES = 3
 LIVE_SECONDS = 5.0
 """How often the curves of trials that still run are brought up to date, if that is quick."""
@@ -87,14 +87,13 @@ class Publisher:
         self._parent = ParentRun(database, study, self._store, self._lease)
         self._data: DatasetInput | None = None
         self._learned = False
-        self._shown = 0
         self._live_due = 0.0
         self._doubted: set[int] = set()
         self._refused: set[int] = set()
 
     def publish(self) -> PassResult:
         """One pass: the parent run, trials that have ended, curves of those that run."""
-        changes, self._shown = 0, 0
+        changes = shown = 0
         while True:
             try:
                 self._lease.take()
@@ -103,8 +102,8 @@ class Publisher:
                     self._parent.show()
                 self._show_data()
                 for tickets in self._batches():
-                    self._publish_tickets(tickets)
-                return PassResult(self._shown, self._publish_result(), refused=len(self._refused))
+                    shown += self._publish_tickets(tickets)
+                return PassResult(shown, self._publish_result(), refused=len(self._refused))
             except LeaseLostError:
                 self._learned = False  # who holds the lease now makes runs that are not known here
                 return PassResult(busy=True)
@@ -174,6 +173,8 @@ class Publisher:
         """Tickets with something to show: ended ones first, then running ones if their curves are due."""
         while ended := self._ended():
             yield ended
+            if len(ended) < FLUSH_TICKETS:  # whatever has ended since can wait
+                break
         start = time.monotonic()
         if start < self._live_due:
             return
@@ -208,44 +209,50 @@ class Publisher:
             Ticket.id.not_in(self._refused),
         )
 
-    def _publish_tickets(self, tickets: Sequence[Ticket]) -> None:
-        """Show some tickets and note it."""
+    def _publish_tickets(self, tickets: Sequence[Ticket]) -> int:
+        """Show some tickets and note it; returns how many."""
         curves = self._curves(tickets)
-        notes = self._add_ended([t for t in tickets if t.state == "done" and str(t.id) not in self._store.runs], curves)
-        added = {note["id"] for note in notes}
+        trials = {t.id: self._trial_run(t, curves[t.id]) for t in tickets}
+        shown: list[Ticket] = []
         try:
-            for ticket in (t for t in tickets if t.id not in added):
-                try:
-                    notes.append(self._publish_ticket(ticket, curves[ticket.id]))
-                except Exception as error:
-                    if not is_refusal(error):
-                        raise
-                    self._doubt(ticket, error)
+            for some in _portions(tickets, trials):
+                self._lease.keep()
+                if self._store.show_together([trials[t.id] for t in some], self._data):
+                    shown += some
+                else:
+                    for ticket in some:
+                        if self._show_one(ticket, trials[ticket.id]):
+                            shown.append(ticket)
         finally:
-            if notes:
+            if shown:
+                notes = [self._note(ticket, curves[ticket.id]) for ticket in sorted(shown, key=lambda t: t.id)]
                 with self.database.write() as session:
                     self._lease.held(session)
-                    session.execute(sa.update(Ticket), sorted(notes, key=lambda note: note["id"]))
-                self._shown += len(notes)
+                    session.execute(sa.update(Ticket), notes)
+        return len(shown)
 
-    def _add_ended(self, tickets: Sequence[Ticket], curves: Mapping[int, Sequence[Epoch]]) -> list[dict[str, Any]]:
-        """Show ended trials of which MLflow has nothing, if it takes them whole; returns what to note of these."""
-        runs = {
-            str(ticket.id): EndedRun(
-                name=_name(ticket),
-                status=STATUS[ticket.outcome or "failed"],
-                start=int((ticket.started_at or 0.0) * 1000),
-                end=int((ticket.finished_at or 0.0) * 1000),
-                params=trial_params(ticket),
-                tags=trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id},
-                points=_points(ticket, curves[ticket.id]),
-            )
-            for ticket in tickets
-            if ticket.started_at and ticket.finished_at
-        }
-        self._lease.keep()
-        self._store.add_ended(runs, self._data)
-        return [_note(t, self._store.runs[str(t.id)], curves[t.id]) for t in tickets if str(t.id) in self._store.runs]
+    def _show_one(self, ticket: Ticket, trial: TrialRun) -> bool:
+        """Show one trial; returns whether MLflow takes it."""
+        try:
+            self._lease.keep()
+            run = self._store.runs.get(trial.key)
+            if run is None:
+                run = self._store.create(trial.key, trial.name, trial.start, trial.tags)
+            self._lease.keep()
+            self._store.show(run, trial.points, trial.params, trial.tags)
+            if self._data is not None:
+                self._store.show_data(run, self._data)
+            self._lease.keep()
+            if trial.end is None:
+                self._store.set_status(run, trial.status)
+            else:
+                self._store.end(run, trial.status, trial.end)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self._doubt(ticket, error)
+            return False
+        return True
 
     def _doubt(self, ticket: Ticket, error: Exception) -> None:
         """A run that somebody has deleted is made again; a trial that MLflow does not take is left out."""
@@ -257,12 +264,12 @@ class Publisher:
             "MLflow does not take trial %s %s: %s", ticket.optimizer, ticket.trial_number, short_reason(error)
         )
 
-    def _curves(self, tickets: Sequence[Ticket]) -> dict[int, list[Epoch]]:
+    def _curves(self, tickets: Sequence[Ticket]) -> dict[int, list[sa.Row[Any]]]:
         """The epochs of these tickets that were not shown yet, in order."""
-        curves: dict[int, list[Epoch]] = defaultdict(list)
+        curves: dict[int, list[sa.Row[Any]]] = defaultdict(list)
         with self.database.read() as session:
-            for row in session.scalars(
-                sa.select(Epoch)
+            for row in session.execute(  # rows and not objects, which take several times as long
+                sa.select(*Epoch.__table__.columns)
                 .join(Ticket, Ticket.id == Epoch.ticket_id)
                 .where(Ticket.id.in_([t.id for t in tickets]), Epoch.epoch > Ticket.published_epoch)
                 .order_by(Epoch.ticket_id, Epoch.epoch)
@@ -270,27 +277,29 @@ class Publisher:
                 curves[row.ticket_id].append(row)
         return curves
 
-    def _publish_ticket(self, ticket: Ticket, curve: Sequence[Epoch]) -> dict[str, Any]:
-        """Show a trial as it is now; returns what to note of it."""
-        run = self._run_of(ticket)
-        self._lease.keep()
-        self._store.show(run, _points(ticket, curve), trial_params(ticket), trial_tags(ticket))
-        if self._data is not None:
-            self._store.show_data(run, self._data)
-        self._lease.keep()
-        if ticket.state == "done":
-            self._store.end(run, STATUS[ticket.outcome or "failed"], ticket.finished_at or 0.0)
-        else:
-            self._store.set_status(run, "RUNNING")
-        return _note(ticket, run, curve)
+    def _trial_run(self, ticket: Ticket, curve: Sequence[sa.Row[Any]]) -> TrialRun:
+        """A trial as it is now."""
+        points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
+        done = ticket.state == "done"
+        return TrialRun(
+            key=str(ticket.id),
+            name=run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind),
+            start=ticket.started_at or 0.0,
+            params=trial_params(ticket),
+            tags=trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id},
+            points=points + final_points(ticket) if done else points,
+            status=STATUS[ticket.outcome or "failed"] if done else "RUNNING",
+            end=ticket.finished_at or 0.0 if done else None,
+        )
 
-    def _run_of(self, ticket: Ticket) -> Run:
-        found = self._store.runs.get(str(ticket.id))
-        if found is not None:
-            return found
-        tags = trial_tags(ticket) | {PARENT_TAG: self._store.runs[PARENT].id}
-        self._lease.keep()
-        return self._store.create(str(ticket.id), _name(ticket), ticket.started_at or 0.0, tags)
+    def _note(self, ticket: Ticket, curve: Sequence[sa.Row[Any]]) -> dict[str, Any]:
+        """What to note of a trial that was shown."""
+        return {
+            "id": ticket.id,
+            "run_id": self._store.runs[str(ticket.id)].id,
+            "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
+            "published_outcome": ticket.outcome if ticket.state == "done" else None,
+        }
 
     # The result
 
@@ -301,6 +310,8 @@ class Publisher:
             row = session.get(Study, self.study.id)
             if row is None:
                 raise LeaseLostError
+            if row.phase != "done":
+                return False
             unshown = session.scalar(
                 sa.select(sa.func.count())
                 .select_from(Ticket)
@@ -310,7 +321,7 @@ class Publisher:
                     Ticket.published_outcome.is_(None),
                 )
             )
-        if row.phase != "done" or unshown:
+        if unshown:
             return False
         if row.parent_published == "done":
             return True
@@ -320,24 +331,19 @@ class Publisher:
         return True
 
 
-def _name(ticket: Ticket) -> str:
-    return run_name(ticket.optimizer, ticket.trial_number or 0, ticket.settings or {}, ticket.kind)
-
-
-def _points(ticket: Ticket, curve: Sequence[Epoch]) -> list[Point]:
-    """Points of these epochs, and of the result if there is one."""
-    points = epoch_points([(epoch_record(row), row.recorded_at) for row in curve])
-    return points + final_points(ticket) if ticket.state == "done" else points
-
-
-def _note(ticket: Ticket, run: Run, curve: Sequence[Epoch]) -> dict[str, Any]:
-    """What to note of a trial that was shown."""
-    return {
-        "id": ticket.id,
-        "run_id": run.id,
-        "published_epoch": curve[-1].epoch if curve else ticket.published_epoch,
-        "published_outcome": ticket.outcome if ticket.state == "done" else None,
-    }
+def _portions(tickets: Sequence[Ticket], trials: Mapping[int, TrialRun]) -> Iterator[list[Ticket]]:
+    """The same tickets, with no more points at a time than are shown well within the time of a lease."""
+    some: list[Ticket] = []
+    points = 0
+    for ticket in tickets:
+        more = len(trials[ticket.id].points)
+        if some and points + more > FLUSH_POINTS:
+            yield some
+            some, points = [], 0
+        some.append(ticket)
+        points += more
+    if some:
+        yield some
 
 
 def short_reason(error: BaseException) -> str:

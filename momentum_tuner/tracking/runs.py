@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from momentum_tuner.database import Ticket
@@ -56,6 +56,50 @@ class Point:
     value: float
     timestamp: int
     step: int
+
+
+@dataclass
+class Run:
+    """A run as MLflow has it.
+
+    Attributes:
+        id: MLflow's id.
+        status: `RUNNING`, `SCHEDULED`, `FINISHED`, `KILLED` or `FAILED`.
+        params: its params; they never change.
+        tags: its tags.
+        has_data: whether it says what it learns from.
+    """
+
+    id: str
+    status: str
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    has_data: bool = False
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """A trial as its run is to show it.
+
+    Attributes:
+        key: its ticket.
+        name: of the run.
+        start: when it began, in seconds since 1970.
+        params: its params.
+        tags: its tags.
+        points: of its metrics, those that MLflow may not have.
+        status: `RUNNING`, `FINISHED`, `KILLED` or `FAILED`.
+        end: when it ended, likewise; None while it runs.
+    """
+
+    key: str
+    name: str
+    start: float
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    points: Sequence[Point]
+    status: str
+    end: float | None
 
 
 def run_name(optimizer: str, number: int, settings: Mapping[str, Any], kind: str = "search") -> str:

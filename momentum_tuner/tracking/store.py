@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from momentum_tuner.errors import TrackingError, redact
-from momentum_tuner.tracking.bulk import BulkRuns, EndedRun, takes
-from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point
+from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Point, Run, TrialRun
+from momentum_tuner.tracking.tables import RunChange, UnusualError, open_tables
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -87,25 +87,6 @@ def make_sqlite_store(uri: str) -> None:
             made.rename(place)
 
 
-@dataclass
-class Run:
-    """A run as MLflow has it.
-
-    Attributes:
-        id: MLflow's id.
-        status: `RUNNING`, `SCHEDULED`, `FINISHED`, `KILLED` or `FAILED`.
-        params: its params; they never change.
-        tags: its tags.
-        has_data: whether it says what it learns from.
-    """
-
-    id: str
-    status: str
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    has_data: bool = False
-
-
 class RunStore:
     """The runs of one study in MLflow.
 
@@ -124,7 +105,7 @@ class RunStore:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         make_sqlite_store(tracking_uri)
         self._client = MlflowClient(tracking_uri=tracking_uri)
-        self._bulk = BulkRuns.of(self._client)
+        self._tables = open_tables(self._client)
         self._experiment = experiment
         self._identity = identity
         self.experiment_id = ""
@@ -140,11 +121,8 @@ class RunStore:
         """
         self.experiment_id = self._find_experiment()
         self.runs = {}
-        for found in self._search():
-            tags = dict(found.data.tags)
-            has_data = found.inputs is not None and bool(found.inputs.dataset_inputs)
-            run = Run(found.info.run_id, found.info.status, dict(found.data.params), tags, has_data)
-            key = tags.get(TICKET_TAG, PARENT)
+        for run in self._found():
+            key = run.tags.get(TICKET_TAG, PARENT)
             other = self.runs.setdefault(key, run)
             if other is not run:
                 if run.id == noted.get(key):
@@ -153,29 +131,10 @@ class RunStore:
 
     def create(self, key: str, name: str, start: float, tags: Mapping[str, str]) -> Run:
         """Make a run that began at `start` (seconds since 1970)."""
-        tags = {**tags, **self._marks(key)}
+        tags = {**tags, **self._own_tags(key)}
         made = self._client.create_run(self.experiment_id, start_time=_milliseconds(start), tags=tags, run_name=name)
         self.runs[key] = Run(made.info.run_id, made.info.status, tags=tags)
         return self.runs[key]
-
-    def add_ended(self, ended: Mapping[str, EndedRun], data: DatasetInput | None) -> None:
-        """Make whole runs at once, where MLflow is a database; those that are not made are to be shown step by step.
-
-        Args:
-            ended: new runs by their keys.
-            data: what they learned from, if that is known.
-        """
-        if self._bulk is None:
-            return
-        marked = {key: replace(run, tags={**run.tags, **self._marks(key)}) for key, run in ended.items()}
-        taken = {key: run for key, run in marked.items() if takes(run)}
-        ids = self._bulk.add(self.experiment_id, list(taken.values()), data) if taken else []
-        for run_id, (key, run) in zip(ids, taken.items(), strict=True):
-            self.runs[key] = Run(run_id, run.status, dict(run.params), dict(run.tags), data is not None)
-
-    def _marks(self, key: str) -> dict[str, str]:
-        """Tags by which a run is found again."""
-        return {STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
 
     def delete(self, key: str) -> None:
         """Delete a run, which can then be made anew."""
@@ -189,21 +148,83 @@ class RunStore:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Add points, and params and tags as far as MLflow has not got them."""
-        from mlflow.entities import Metric, Param, RunTag
-
         new_params = {k: v for k, v in (params or {}).items() if k not in run.params}
         new_tags = {k: v for k, v in (tags or {}).items() if run.tags.get(k) != v}
         if not (points or new_params or new_tags):
             return
-        self._client.log_batch(
-            run.id,
-            # The newest first: MLflow then need not replace its latest value again and again.
-            metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in reversed(points)],
-            params=[Param(k, v) for k, v in new_params.items()],
-            tags=[RunTag(k, v) for k, v in new_tags.items()],
-        )
+        change = RunChange(run.id, False, "", 0, None, None, new_params, new_tags, points, False)
+        if not self._write([change], None):
+            self._log(change)
         run.params |= new_params
         run.tags |= new_tags
+
+    def _write(self, changes: Sequence[RunChange], data: DatasetInput | None) -> bool:
+        """Write into MLflow's tables; returns whether that could be done."""
+        if self._tables is None:
+            return False
+        try:
+            self._tables.write(self.experiment_id, changes, data)
+        except UnusualError:
+            return False
+        return True
+
+    def _log(self, change: RunChange) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._client.log_batch(
+            change.id,
+            # The newest first: MLflow then need not replace its latest value again and again.
+            metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in reversed(change.points)],
+            params=[Param(k, v) for k, v in change.params.items()],
+            tags=[RunTag(k, v) for k, v in change.tags.items()],
+        )
+
+    def show_together(self, trials: Sequence[TrialRun], data: DatasetInput | None) -> bool:
+        """Show trials as they are now in one go, all of them or none.
+
+        Args:
+            trials: what is shown.
+            data: what they learn from, if that is known.
+
+        Returns:
+            Whether it was done; if not, they are to be shown one by one.
+        """
+        if self._tables is None:
+            return False
+        found = {trial.key: self.runs.get(trial.key) for trial in trials}
+        changes = [self._change(trial, found[trial.key], data is not None) for trial in trials]
+        if not self._write(changes, data):
+            return False
+        for trial, change in zip(trials, changes, strict=True):
+            run = found[trial.key]
+            if run is None:
+                run = self.runs[trial.key] = Run(change.id, trial.status)
+            run.status = trial.status
+            run.params |= change.params
+            run.tags |= change.tags
+            run.has_data = run.has_data or change.data
+        return True
+
+    def _change(self, trial: TrialRun, run: Run | None, data: bool) -> RunChange:
+        """What MLflow has not got of a trial."""
+        have = run or Run(uuid.uuid4().hex, trial.status)
+        tags = {**trial.tags, **(self._own_tags(trial.key) if run is None else {})}
+        return RunChange(
+            id=have.id,
+            new=run is None,
+            name=trial.name,
+            start=_milliseconds(trial.start),
+            status=trial.status,
+            end=None if trial.end is None else _milliseconds(trial.end),
+            params={k: v for k, v in trial.params.items() if k not in have.params},
+            tags={k: v for k, v in tags.items() if have.tags.get(k) != v},
+            points=trial.points,
+            data=data and not have.has_data,
+        )
+
+    def _own_tags(self, key: str) -> dict[str, str]:
+        """What a run is found again by."""
+        return {STUDY_TAG: self._identity} | ({TICKET_TAG: key} if key != PARENT else {})
 
     def show_file(self, run: Run, text: str, name: str) -> None:
         """Add a text file, or replace the one of that name; it may be in a folder."""
@@ -251,13 +272,19 @@ class RunStore:
         experiment_id: str = found.experiment_id
         return experiment_id
 
-    def _search(self) -> Iterator[Any]:
+    def _found(self) -> Iterator[Run]:
+        """The study's runs, the newest first."""
+        if self._tables is not None:
+            yield from self._tables.find(self.experiment_id, STUDY_TAG, self._identity)
+            return
         token = None
         while True:
             page = self._client.search_runs(
                 [self.experiment_id], f"tags.`{STUDY_TAG}` = '{self._identity}'", max_results=1000, page_token=token
             )
-            yield from page
+            for one in page:
+                has_data = one.inputs is not None and bool(one.inputs.dataset_inputs)
+                yield Run(one.info.run_id, one.info.status, dict(one.data.params), dict(one.data.tags), has_data)
             token = page.token
             if not token:
                 return

@@ -1,10 +1,11 @@
-"""What MLflow is shown of a study, on its parent run: params, tags, curves. Pure functions."""
+"""What MLflow is shown of a study, on its parent run: params, tags, curves; nothing here asks anybody."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ _LONGEST_PARAM = 500
 class EndedTrial:
     """What the curves of a study need of a trial that has ended."""
 
+    ticket: int
     kind: str
     outcome: str
     value: float | None
@@ -87,33 +89,42 @@ def best_params(best: Sequence[BestSetting]) -> dict[str, str]:
     return found | {f"best_{o}_{name}": f"{value:.8g}" for o, b in first.items() for name, value in b.settings.items()}
 
 
-def study_points(spec: StudySpec, ended: Sequence[EndedTrial], shown: int) -> list[Point]:
-    """Points of a study's curves over its ended trials: counts, trials per hour, and the best values of the search.
+class StudyCurves:
+    """A study's curves over its ended trials: counts, trials per hour, and the best values of the search.
+
+    Each point follows from the trials up to it and not from later ones, so that it is the same whenever it is made.
 
     Args:
         spec: the study file.
-        ended: all that have ended, in the order in which they did.
-        shown: how many of them the curves have.
     """
-    better = max if spec.objective.maximize else min
-    counts: Counter[str] = Counter()
-    best: dict[str, float] = {}
-    points: list[Point] = []
-    begun = min((trial.started_at for trial in ended), default=0.0)
-    for step, trial in enumerate(ended, 1):
-        counts[trial.outcome] += 1
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.last: EndedTrial | None = None
+        """The last trial that they go over."""
+        self.trials = 0
+        """How many trials they go over."""
+        self._better = max if spec.objective.maximize else min
+        self._counts: Counter[str] = Counter()
+        self._best: dict[str, float] = {}
+        self._begun = math.inf
+
+    def add(self, trial: EndedTrial) -> list[Point]:
+        """Go on to the trial that ended next; returns its points."""
+        self.last = trial
+        self.trials += 1
+        self._counts[trial.outcome] += 1
+        self._begun = min(self._begun, trial.started_at)
         if trial.kind == "search" and trial.outcome == "complete":
-            if trial.value is not None and is_number(trial.value):
-                best["objective"] = better(best.get("objective", trial.value), trial.value)
-            if trial.best_valid_loss is not None and is_number(trial.best_valid_loss):
-                best["best_valid_loss"] = min(best.get("best_valid_loss", trial.best_valid_loss), trial.best_valid_loss)
-        if step <= shown:
-            continue
-        values = {"trials": float(step), **{name: float(counts[name]) for name in OUTCOMES}, **best}
-        if trial.finished_at > begun:
-            values["trials_per_hour"] = 3600.0 * step / (trial.finished_at - begun)
-        points += [Point(name, value, int(trial.finished_at * 1000), step) for name, value in values.items()]
-    return points
+            self._improve("objective", trial.value, self._better)
+            self._improve("best_valid_loss", trial.best_valid_loss, min)
+        values = {"trials": float(self.trials), **{name: float(self._counts[name]) for name in OUTCOMES}, **self._best}
+        if trial.finished_at > self._begun:
+            values["trials_per_hour"] = 3600.0 * self.trials / (trial.finished_at - self._begun)
+        return [Point(name, value, int(trial.finished_at * 1000), self.trials) for name, value in values.items()]
+
+    def _improve(self, name: str, value: float | None, better: Callable[[float, float], float]) -> None:
+        if value is not None and is_number(value):
+            self._best[name] = better(self._best.get(name, value), value)
 
 
 def load_points(loads: Sequence[Load], created_at: float) -> list[Point]:

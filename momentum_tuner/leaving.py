@@ -1,0 +1,28 @@
+"""How a process of ours ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from typing import NoReturn
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without taking its modules apart, which with torch takes a second that somebody waits for.
+
+    All else is done as ever: threads that are not daemons end, what is registered to happen at exit happens, and what
+    is written reaches its file.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except OSError:  # Python knows what to say of it
+        sys.exit(code)
+    os._exit(code)
