@@ -2,8 +2,7 @@
 
 MLflow's client takes four calls for a trial, each with several transactions and an object for each value, which is ten
 times what the rows themselves cost. What is written here is what the client would have written, to the row; tests
-compare the two. It holds for the releases of MLflow it was compared with: any other is asked through its client, and
-so is a server.
+compare the two. An MLflow whose tables are others is asked through its client, and so is a server.
 """
 
 from __future__ import annotations
@@ -23,8 +22,19 @@ if TYPE_CHECKING:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy.orm import Session
 
-COMPARED_WITH = ("3.17",)
-"""The releases of MLflow whose tables are known."""
+COLUMNS: Mapping[str, str] = {
+    "runs": "run_uuid name source_type source_name entry_point_name user_id status start_time end_time deleted_time "
+    "source_version lifecycle_stage artifact_uri experiment_id",
+    "tags": "key value run_uuid",
+    "params": "key value run_uuid",
+    "metrics": "key value timestamp step is_nan run_uuid",
+    "latest_metrics": "key value timestamp step is_nan run_uuid",
+    "datasets": "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema "
+    "dataset_profile",
+    "inputs": "input_uuid source_type source_id destination_type destination_id step",
+    "input_tags": "input_uuid name value",
+}
+"""The tables that are written to, as MLflow 3.17 has them; a release that has others is asked through its client."""
 DIALECTS = ("sqlite", "postgresql")
 
 
@@ -63,11 +73,12 @@ class UnusualError(Exception):
 
 def open_tables(client: MlflowClient) -> RunTables | None:
     """The tables behind a client; None where they are out of reach or not known."""
-    import mlflow
+    from mlflow.store.tracking.dbmodels.models import Base
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     store = client._tracking_client.store
-    known = mlflow.__version__.rpartition(".")[0] in COMPARED_WITH
+    tables = Base.metadata.tables
+    known = all(name in tables and set(tables[name].columns.keys()) == set(c.split()) for name, c in COLUMNS.items())
     if not known or type(store) is not SqlAlchemyStore or store.engine.dialect.name not in DIALECTS:
         return None
     return RunTables(store)
