@@ -157,7 +157,7 @@ def run_ray(subject: Subject, folder: Path, trials: int, seed: int) -> None:
         ray.shutdown()
 
 
-def run_ours(subject: Subject, folder: Path, trials: int, seed: int) -> None:
+def run_ours(subject: Subject, folder: Path, trials: int, seed: int, pruner: str) -> None:
     """`momentum-tuner run` on SQLite and an MLflow on SQLite, without a confirmation.
 
     The seed is the samplers' alone, as workers of several commands have each their own.
@@ -177,6 +177,7 @@ def run_ours(subject: Subject, folder: Path, trials: int, seed: int) -> None:
         },
         "fixed": {"batch_size": BATCH_SIZE},
         "budget": {"trials": trials, "epochs": EPOCHS},
+        "pruner": {"name": pruner},
         "confirm": {"seeds": 0},
         "seed": SEED,
     }
@@ -193,7 +194,9 @@ def main() -> None:
     way, name, folder, trials, seed = sys.argv[1:]
     subject = SUBJECTS[name]
     if way == "momentum-tuner":
-        run_ours(subject, Path(folder), int(trials), int(seed))
+        run_ours(subject, Path(folder), int(trials), int(seed), "successive_halving")
+    elif way == "momentum-tuner-whole":
+        run_ours(subject, Path(folder), int(trials), int(seed), "none")
     elif way == "ray-asha":
         run_ray(subject, Path(folder), int(trials), int(seed))
     else:

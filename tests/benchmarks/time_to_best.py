@@ -12,8 +12,8 @@ it is there, or at `--limit` seconds: then it counts as slower than that. What c
 store has the validation loss of an epoch that is near enough (the objective of a trial is its best epoch). The loss of
 a setting is the same for all ways, as initial weights and order of the data are (`peers.py`).
 
-`best_known.json` has the best objective of a long search by momentum-tuner with another sampler's seed, which `--find`
-makes anew. A run that finds a better one says so.
+`best_known.json` has the best objective of a long search without pruning, by another sampler's seed, which `--find` makes
+anew. A run that finds a better one says so.
 """
 
 from __future__ import annotations
@@ -109,9 +109,10 @@ def reached(way: str, folder: Path, wanted: float) -> float:
 
 
 def find(task: str, trials: int) -> float:
-    """The best objective of a long search."""
+    """The best objective of a long search without pruning."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, str(HERE / "peers.py"), "momentum-tuner", task, folder, str(trials), str(FIND_SEED)]
+        command = [sys.executable, str(HERE / "peers.py"), "momentum-tuner-whole", task, folder]
+        command += [str(trials), str(FIND_SEED)]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         return best_of("momentum-tuner", Path(folder))
 

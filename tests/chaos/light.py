@@ -16,15 +16,17 @@ import optuna
 
 from momentum_tuner.launcher import process
 from momentum_tuner.metrics import EpochRecord
-from momentum_tuner.tasks import Task
 from momentum_tuner.trainer import TrialSettings
-from momentum_tuner.worker import study
+from momentum_tuner.worker.pacing import Pacing
 
 
 class LightTrainer:
     """Stands in for the trainer: an epoch of any number of slots is over at once."""
 
-    def __init__(self, task: Task, *, epochs: int, slots: int, **_: Any) -> None:
+    whole_epochs = False
+    failed: frozenset[Hashable] = frozenset()
+
+    def __init__(self, slots: int) -> None:
         self.width = slots
         self._trials: dict[Hashable, tuple[float, int]] = {}  # the loss, and epochs done
 
@@ -61,7 +63,13 @@ class LightTrainer:
 
 def worker() -> int:
     """The real worker, but for its trainer."""
-    study.Trainer = LightTrainer  # type: ignore[assignment,misc]
+
+    def make_trainer(self: Pacing, *_: Any) -> Any:
+        assert self._options.slots is not None
+        return LightTrainer(self._options.slots)
+
+    Pacing.make_trainer = make_trainer  # type: ignore[method-assign]
+    Pacing.consider_compiling = lambda *_: None  # type: ignore[method-assign]
     return process.main()
 
 
