@@ -12,8 +12,8 @@ it is there, or at `--limit` seconds: then it counts as slower than that. What c
 store has the validation loss of an epoch that is near enough (the objective of a trial is its best epoch). The loss of
 a setting is the same for all ways, as initial weights and order of the data are (`peers.py`).
 
-`best_known.json` has the best objective of a long search without pruning, by another sampler's seed, which `--find` makes
-anew. A run that finds a better one says so.
+`best_known.json` has the best objective of a long search without pruning, by another sampler's seed, which `--find`
+makes anew. A run that finds a better one says so.
 """
 
 from __future__ import annotations
