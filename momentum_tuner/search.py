@@ -167,7 +167,7 @@ class Search:
     def reported(self, place: str, trial_id: int) -> set[int]:
         """The epochs at which the trial has reported."""
         with self._in_batch():
-            return set(self._storage.get_trial(self._reporting(place, trial_id)).intermediate_values)
+            return set(self._storage.read_again(self._reporting(place, trial_id)).intermediate_values)
 
     def should_prune(self, place: str, trial_id: int) -> bool:
         """Whether the pruner stops the trial at its last report; not one that is finished."""

@@ -113,6 +113,17 @@ class TrialCache(_CachedStorage):
         if self._read is not None:
             self._read.add(study_id)
 
+    def read_again(self, trial_id: int) -> FrozenTrial:
+        """A trial that another process may have written to, as it is now; nothing of it may wait to be written."""
+        if trial_id not in self._trial_id_to_study_id_and_number:
+            return self.get_trial(trial_id)
+        study_id = self._trial_id_to_study_id_and_number[trial_id][0]
+        with self._database.read() as session:
+            found = read_trials(session, study_id, [trial_id], max(trial_id, self._newest.get(study_id, -1)))
+        with self._lock:
+            self._take(study_id, found)
+        return self.get_trial(trial_id)
+
     def _take(self, study_id: int, trials: Sequence[FrozenTrial]) -> None:
         """Keep what was read."""
         study = self._studies[study_id]

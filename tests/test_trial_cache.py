@@ -205,6 +205,12 @@ def test_running_trials_of_others_are_read_again_only_now_and_then_if_that_is_en
     assert state(False) is TrialState.RUNNING
     assert state(True) is TrialState.COMPLETE
     again = other.ask("momentum", 2)
+    other.report("momentum", again.trial_id, 1, 0.5)
+    with search.batch(False):
+        search._study("momentum").get_trials(deepcopy=False)
+    other.report("momentum", again.trial_id, 3, 0.25)
+    with search.batch(False):
+        assert search.reported("momentum", again.trial_id) == {1, 3}, "as who adopts a trial must know"
     with search.batch(False):
         assert len(search._study("momentum").get_trials(deepcopy=False)) == 2, "new ones are always read"
     assert again.number == 1

@@ -19,7 +19,9 @@ from momentum_tuner.errors import StorageError
 from momentum_tuner.tickets import StudyProgress, StudyRecord, recent_rate, study_progress
 
 LOOK_SECONDS = 0.5
-"""How often the database is asked."""
+"""How often the database is asked, if it answers quickly."""
+LOOK_SHARE = 0.02
+"""The largest share of the time that this takes: workers want the processor and the database."""
 LINE_SECONDS = 5.0
 """How often a plain line is written in the first minute; later once in a twelfth of the time, at least every minute."""
 LONGEST_LINE_SECONDS = 60.0
@@ -79,6 +81,7 @@ class ProgressPage:
         try:
             progress = study_progress(self._database, study)
             rate = recent_rate(self._database, study.id)
+            self._look_at = max(self._look_at, now + (time.monotonic() - now) / LOOK_SHARE)
         except StorageError as error:
             if not self._failing:
                 self.say(str(error))

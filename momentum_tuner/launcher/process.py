@@ -21,6 +21,7 @@ from importlib import import_module
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
 from momentum_tuner.leaving import leave
 
+_LESS = 10
 _LEAST_PRIORITY = 19
 
 
@@ -70,6 +71,8 @@ def prepare_worker() -> None:
 def _prepare_publisher() -> None:
     from momentum_tuner.tracking import quiet_mlflow
 
+    if hasattr(os, "nice"):
+        os.nice(_LESS)  # workers on the CPU come first
     quiet_mlflow()
     import_module("mlflow.tracking")
 
