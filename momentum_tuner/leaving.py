@@ -15,9 +15,7 @@ def leave(code: int) -> NoReturn:
     All else is done as ever: threads that are not daemons end, what is registered to happen at exit happens, and what
     is written reaches its file.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # tells pools of threads to end, and waits for all but daemons
     atexit._run_exitfuncs()
     try:
         for stream in (sys.stdout, sys.stderr):

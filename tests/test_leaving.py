@@ -6,6 +6,7 @@ import sys
 
 ENDING = """
 import atexit, os, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from momentum_tuner.leaving import leave
 
 class Module:
@@ -15,6 +16,8 @@ class Module:
 left = Module()
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+pool = ThreadPoolExecutor()  # of which nobody says that it is over, as of torch's compiler
+pool.submit(int).result()
 print("main")
 {leave}(3)
 """
