@@ -5,7 +5,6 @@ The fastest is not guessed from the model: it depends on the processor's caches 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,7 +129,7 @@ def calibrate(objective: Objective, batch: Batch, most: int, fused: bool = True)
 
 
 def _climb(watch: Stopwatch, most: int, threads: int) -> dict[Way, float]:
-    """Seconds of a trial-step at growing widths, as long as that gains enough, memory suffices and time allows."""
+    """Seconds of a trial-step at growing widths, as long as they fall, memory suffices and time allows."""
     found: dict[Way, float] = {}
     width = min(NARROWEST, most)
     while width <= most:
@@ -138,10 +137,8 @@ def _climb(watch: Stopwatch, most: int, threads: int) -> dict[Way, float]:
         seconds = watch.seconds_if_memory_suffices(way)
         if seconds is None:
             break
-        least = min(found.values(), default=math.inf)
         found[way] = seconds
-        # A width that gains too little to be taken is the last: measuring a wider one would take twice as long.
-        if ENOUGH * seconds > least or watch.measured + 6.0 * width * seconds > BUDGET_SECONDS:
+        if seconds > CLOSE * min(found.values()) or watch.measured + 6.0 * width * seconds > BUDGET_SECONDS:
             break
         width = most if width < most < 2 * width else 2 * width
     return found
