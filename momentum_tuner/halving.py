@@ -45,9 +45,8 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
             reached = self._reached(study, key)
             bisect.insort(reached, value)
             study._storage.set_trial_system_attr(trial._trial_id, key, value)
-            last = (
-                max(len(reached) // self._reduction_factor, 1) - 1
-            )  # the first ones go on if they are the best so far
+            # The first ones, of whom there are too few to take a share, go on if they are the best so far.
+            last = max(len(reached) // self._reduction_factor, 1) - 1
             if value > reached[last] if study.direction is StudyDirection.MINIMIZE else value < reached[-1 - last]:
                 return True
             rung += 1

@@ -82,8 +82,7 @@ class TrialCache(_CachedStorage):
             lost = write_trials(session, self._writes)
             ended = lost | set(self._writes.ends)
             for study_id in {self._trial_id_to_study_id_and_number[trial_id][0] for trial_id in ended}:
-                mine = {t for t in ended if self._trial_id_to_study_id_and_number[t][0] == study_id}
-                self._take(study_id, read_trials(session, study_id, mine, max(mine)))
+                self._take(study_id, read_trials(session, study_id, ended, None))
         self._writes = TrialWrites()
         return lost
 
@@ -105,9 +104,12 @@ class TrialCache(_CachedStorage):
         due = self._fresh or begun >= self._due.get(study_id, 0.0)
         known = study.unfinished_trial_ids if due else ()
         with self._database.read() as session:
-            trials = read_trials(session, study_id, known, self._newest.get(study_id, -1))
+            newest = self._newest.get(study_id, -1)
+            trials = read_trials(session, study_id, known, newest)
         if due:
             self._due[study_id] = begun + _SHARE * (time.monotonic() - begun)
+        # Trials of a study are made one after the other, its row locked: none comes to light after a newer one.
+        self._newest[study_id] = max([newest, *(trial._trial_id for trial in trials)])
         with self._lock:
             self._take(study_id, trials)
         if self._read is not None:
@@ -119,7 +121,7 @@ class TrialCache(_CachedStorage):
             return self.get_trial(trial_id)
         study_id = self._trial_id_to_study_id_and_number[trial_id][0]
         with self._database.read() as session:
-            found = read_trials(session, study_id, [trial_id], max(trial_id, self._newest.get(study_id, -1)))
+            found = read_trials(session, study_id, [trial_id], None)
         with self._lock:
             self._take(study_id, found)
         return self.get_trial(trial_id)
@@ -128,8 +130,6 @@ class TrialCache(_CachedStorage):
         """Keep what was read."""
         study = self._studies[study_id]
         self._add_trials_to_cache(study_id, list(trials))
-        # Trials of a study are made one after the other, its row locked: none comes to light after a newer one.
-        self._newest[study_id] = max([self._newest.get(study_id, -1), *(trial._trial_id for trial in trials)])
         for trial in trials:
             if not trial.state.is_finished():
                 study.unfinished_trial_ids.add(trial._trial_id)

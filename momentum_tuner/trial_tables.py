@@ -64,14 +64,16 @@ def find_study_id(session: Session, name: str) -> int | None:
     return found
 
 
-def read_trials(session: Session, study_id: int, known: Collection[int], after: int) -> list[FrozenTrial]:
-    """Trials of a study as they are now, by their ids.
+def read_trials(
+    session: Session, study_id: int, known: Collection[int] = (), after: int | None = -1
+) -> list[FrozenTrial]:
+    """Trials of a study as they are now, by their ids; all of them if nothing is said.
 
     Args:
         session: reads.
         study_id: of Optuna.
-        known: ids of trials wanted, among those up to `after`.
-        after: those with a larger id are wanted too.
+        known: ids of trials wanted.
+        after: all trials with a larger id are wanted too; None for no others.
     """
     columns = (
         TrialModel.trial_id,
@@ -80,12 +82,13 @@ def read_trials(session: Session, study_id: int, known: Collection[int], after: 
         TrialModel._datetime_start_utc,
         TrialModel._datetime_complete_utc,
     )
-    rows = list(
-        session.execute(sa.select(*columns).where(TrialModel.study_id == study_id, TrialModel.trial_id > after))
-    )
-    for part in _parts(sorted(trial_id for trial_id in known if trial_id <= after)):
-        rows += session.execute(sa.select(*columns).where(TrialModel.trial_id.in_(part)))
-    rows.sort()
+    wanted: list[sa.ColumnElement[bool]] = [
+        TrialModel.trial_id.in_(part) for part in _parts(sorted(i for i in known if after is None or i <= after))
+    ]
+    if after is not None:
+        wanted.append(TrialModel.trial_id > after)
+    mine = sa.select(*columns).where(TrialModel.study_id == study_id)
+    rows = sorted(row for condition in wanted for row in session.execute(mine.where(condition)))
     ids = [row.trial_id for row in rows]
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
@@ -175,30 +178,18 @@ def write_trials(session: Session, writes: TrialWrites) -> set[int]:
             .with_for_update()
         )
         running |= {trial_id for trial_id, state in session.execute(found) if state is TrialState.RUNNING}
-    _put(
-        session,
-        TrialParamModel,
-        [
-            {"trial_id": t, "param_name": name, "param_value": value, "distribution_json": distribution_to_json(d)}
-            for (t, name), (value, d) in writes.params.items()
-            if t in running
-        ],
-    )
-    _put(
-        session,
-        TrialIntermediateValueModel,
-        [
-            dict(
-                zip(
-                    ("trial_id", "step", "intermediate_value", "intermediate_value_type"),
-                    (t, step, *TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)),
-                    strict=True,
-                )
-            )
-            for (t, step), value in writes.reports.items()
-            if t in running
-        ],
-    )
+    params = [
+        {"trial_id": t, "param_name": name, "param_value": value, "distribution_json": distribution_to_json(d)}
+        for (t, name), (value, d) in writes.params.items()
+        if t in running
+    ]
+    _put(session, TrialParamModel, params)
+    reports = []
+    for (t, step), value in writes.reports.items():
+        if t in running:
+            stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+            reports.append({"trial_id": t, "step": step, "intermediate_value": stored, "intermediate_value_type": kind})
+    _put(session, TrialIntermediateValueModel, reports)
     for model, attrs in (
         (TrialSystemAttributeModel, writes.system_attrs),
         (TrialUserAttributeModel, writes.user_attrs),
@@ -210,21 +201,12 @@ def write_trials(session: Session, writes: TrialWrites) -> set[int]:
         ]
         _put(session, model, rows)
     ends = {t: end for t, end in writes.ends.items() if t in running}
-    _put(
-        session,
-        TrialValueModel,
-        [
-            dict(
-                zip(
-                    ("trial_id", "objective", "value", "value_type"),
-                    (t, objective, *TrialValueModel.value_to_stored_repr(value)),
-                    strict=True,
-                )
-            )
-            for t, (_, values) in ends.items()
-            for objective, value in enumerate(values or ())
-        ],
-    )
+    values = []
+    for t, (_, told) in ends.items():
+        for objective, value in enumerate(told or ()):
+            number, finite = TrialValueModel.value_to_stored_repr(value)
+            values.append({"trial_id": t, "objective": objective, "value": number, "value_type": finite})
+    _put(session, TrialValueModel, values)
     if ends:
         now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
         table = TrialModel.__table__

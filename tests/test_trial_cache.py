@@ -47,7 +47,7 @@ def test_trials_are_read_as_optuna_reads_them(search, database):
             study.tell(trial, **values)
     everything = backend._get_trials(study._study_id, None, set(), -1)
     with database.read() as session:
-        assert same(read_trials(session, study._study_id, (), -1), everything)
+        assert same(read_trials(session, study._study_id), everything)
         known = {everything[2]._trial_id, everything[9]._trial_id}
         found = read_trials(session, study._study_id, known, everything[6]._trial_id)
     assert same(found, [everything[2], *everything[7:]])
@@ -153,6 +153,18 @@ def test_a_batch_reads_once_and_the_next_batch_sees_what_others_wrote(search, da
         assert set(others()) == {first.number, asked.number}
     other.tell("momentum", asked.trial_id, "complete", 0.1)
     assert others()[asked.number] is TrialState.COMPLETE
+    other.close()
+
+
+def test_to_read_one_trial_again_hides_none_that_others_made_before_it(search, database):
+    other = Search(database, search.spec, worker_seed=1)
+    first = search.ask("momentum", 1)
+    theirs = other.ask("momentum", 2)
+    study = search._study("momentum")
+    template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={TICKET: 3})
+    (mine,) = search._storage.create_trials(study._study_id, [template])
+    assert search._storage.read_again(mine._trial_id).user_attrs == {TICKET: 3}
+    assert [t.number for t in study.get_trials(deepcopy=False)] == [first.number, theirs.number, mine.number]
     other.close()
 
 
