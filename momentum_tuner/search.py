@@ -100,9 +100,7 @@ class Search:
             TrialLostError: another worker has adopted the ticket, and this trial was failed as a leftover meanwhile.
         """
         (asked,) = self.ask_all(place, [(ticket_id, fixed)])
-        if asked is None:
-            raise TrialLostError(f"the trial of ticket {ticket_id} was ended by another worker")
-        return asked
+        return _not_lost(asked, ticket_id)
 
     def ask_all(self, place: str, wanted: Sequence[tuple[int, Mapping[str, Any] | None]]) -> list[AskedTrial | None]:
         """New trials for tickets. The sampler looks at what was told once for all of them.
@@ -131,11 +129,16 @@ class Search:
             return self._suggest(place, [trial._trial_id for trial in made])
 
     def recall(self, place: str, ticket_id: int) -> AskedTrial | None:
-        """The running trial that carries this ticket, if a worker asked for it and died before it noted it."""
+        """The running trial that carries this ticket, if a worker asked for it and died before it noted it.
+
+        Raises:
+            TrialLostError: another worker has ended it just now.
+        """
         with self._in_batch():
             for frozen in self._running(place):
                 if frozen.user_attrs.get(TICKET) == ticket_id:
-                    return self._suggest(place, [frozen._trial_id])[0]
+                    (found,) = self._suggest(place, [frozen._trial_id])
+                    return _not_lost(found, ticket_id)
         return None
 
     def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
@@ -324,6 +327,12 @@ class Search:
 
 
 _RUNGS = "/rungs"
+
+
+def _not_lost(asked: AskedTrial | None, ticket_id: int) -> AskedTrial:
+    if asked is None:
+        raise TrialLostError(f"the trial of ticket {ticket_id} was ended by another worker")
+    return asked
 
 
 def _contestant(place: str) -> str:

@@ -76,6 +76,14 @@ class Run:
     tags: dict[str, str] = field(default_factory=dict)
     has_data: bool = False
 
+    def new_params(self, params: Mapping[str, str]) -> dict[str, str]:
+        """Those that it has not got."""
+        return {name: value for name, value in params.items() if name not in self.params}
+
+    def new_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
+        """Those that it has not got, or has otherwise."""
+        return {name: value for name, value in tags.items() if self.tags.get(name) != value}
+
 
 @dataclass(frozen=True)
 class TrialRun:

@@ -148,8 +148,7 @@ class RunStore:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Add points, and params and tags as far as MLflow has not got them."""
-        new_params = {k: v for k, v in (params or {}).items() if k not in run.params}
-        new_tags = {k: v for k, v in (tags or {}).items() if run.tags.get(k) != v}
+        new_params, new_tags = run.new_params(params or {}), run.new_tags(tags or {})
         if not (points or new_params or new_tags):
             return
         change = RunChange(run.id, False, "", 0, None, None, new_params, new_tags, points, False)
@@ -216,8 +215,8 @@ class RunStore:
             start=_milliseconds(trial.start),
             status=trial.status,
             end=None if trial.end is None else _milliseconds(trial.end),
-            params={k: v for k, v in trial.params.items() if k not in have.params},
-            tags={k: v for k, v in tags.items() if have.tags.get(k) != v},
+            params=have.new_params(trial.params),
+            tags=have.new_tags(tags),
             points=trial.points,
             data=data and not have.has_data,
         )

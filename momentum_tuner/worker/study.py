@@ -13,7 +13,7 @@ from momentum_tuner.database import Database
 from momentum_tuner.errors import MomentumTunerError, StorageError
 from momentum_tuner.faults import crash_point
 from momentum_tuner.metrics import Target, TrialMeasures, objective_value, trial_measures
-from momentum_tuner.search import AskedTrial, Search
+from momentum_tuner.search import AskedTrial, Search, TrialLostError
 from momentum_tuner.spec import StudySpec
 from momentum_tuner.tasks import Loop, Task, check_objective
 from momentum_tuner.tickets import (
@@ -251,7 +251,10 @@ class StudyWorker:
     def _tell(self, held: Held, result: Result) -> None:
         trial_id = held.claim.trial_id
         if trial_id is None:
-            found = self.search.recall(held.claim.place, held.claim.ticket_id)
+            try:
+                found = self.search.recall(held.claim.place, held.claim.ticket_id)
+            except TrialLostError:  # somebody has told it
+                return
             if found is None:
                 return
             trial_id = found.trial_id
@@ -305,7 +308,11 @@ class StudyWorker:
         new: dict[str, list[Held]] = {}
         with self.search.batch():
             for held in asking:
-                found = self.search.recall(held.claim.place, held.claim.ticket_id) if held.asked else None
+                try:
+                    found = self.search.recall(held.claim.place, held.claim.ticket_id) if held.asked else None
+                except TrialLostError:
+                    self._take(held, None)
+                    continue
                 if found is not None:
                     self._take(held, found)
                 else:
