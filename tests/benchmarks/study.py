@@ -27,14 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from output import Output, at_least, command_line
 from peers import HERE, SUBJECTS
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from throughput import at_least, machine
 
 WAYS = ("momentum-tuner", "optuna-median", "optuna-hyperband", "ray-asha")
 
@@ -92,10 +91,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
+    parser = command_line(__doc__)
     parser.add_argument("--task", choices=SUBJECTS, default="digits_mlp")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--trials", type=at_least(int, 1), default=192)
@@ -107,24 +103,18 @@ def main() -> None:
     """Measure, print."""
     asked = arguments()
     os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
-    before = machine()
-    aside = Console(stderr=True)
-    out = aside if asked.json else Console()
+    out = Output(asked.json)
     rows: list[Row] = []
     ours: float | None = None
     for way in dict.fromkeys(asked.way):
         trials = asked.ray_trials or asked.trials if way == "ray-asha" else asked.trials
-        with aside.status(way):
+        with out.aside.status(way):
             seconds, best = measure(way, asked.task, trials)
         each = seconds / trials
         ours = each if way == "momentum-tuner" else ours
         rows.append(Row(asked.task, way, trials, seconds, each, None if ours is None else each / ours, best))
-    out.print(table_of(rows))
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
-        print()
+    out.table(table_of(rows))
+    out.end(rows)
 
 
 if __name__ == "__main__":

@@ -32,28 +32,22 @@ the figures are medians over the rounds.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 from threading import BrokenBarrierError
 
 import numpy as np
 import torch
 from loops import BATCH_SIZE, MATMUL_SIZE, Loop, Problem, count_flop, matmul_loop, plain_loop, trainer_loop
+from output import Output, at_least, command_line
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from momentum_tuner.launcher import KEEP_MEMORY
@@ -368,47 +362,10 @@ def notes(result: Result) -> list[str]:
     return lines
 
 
-def machine() -> list[str]:
-    """Hardware, versions, and when."""
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return [
-        f"{processor()}, {available_cores()} cores{load}",
-        f"torch {torch.__version__}, Python {platform.python_version()}, momentum-tuner {version('momentum-tuner')}, "
-        f"{platform.platform()}",
-        datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
-    ]
-
-
-def processor() -> str:
-    """The CPU's model."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def at_least(kind: type[int] | type[float], lowest: float) -> Callable[[str], float]:
-    """A number of the command line that is not below `lowest`."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not value >= lowest:
-            raise argparse.ArgumentTypeError(f"{text} is below {lowest:g}")
-        return value
-
-    return number
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     count = at_least(int, 1)
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS, help="cells of digits_rnn")
     parser.add_argument("--width", nargs="+", type=count, default=[1, 16, 64], help="trials at once")
@@ -428,23 +385,17 @@ def main() -> None:
         kinds = [(("cell", cell),) for cell in asked.cell] if task == "digits_rnn" else [()]
         problems += [Problem(task, kind, asked.steps) for kind in kinds]
     compiled = (False,) if asked.eager else (False, True)
-    before = machine()
-    aside = Console(stderr=True)
-    out = aside if asked.json else Console()
+    out = Output(asked.json)
     results = []
-    with aside.status("starting") as status:
+    with out.aside.status("starting") as status:
         for problem in problems:
             result = measure(problem, sorted(set(asked.width)), compiled, asked.seconds, asked.rounds, status.update)
             results.append(result)
-            out.print(table_of(result))
+            out.table(table_of(result))
             for line in notes(result):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
-            out.print()
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row) for result in results for row in result.best_rows()], sys.stdout, indent=2)
-        print()
+                out.line(line)
+            out.line()
+    out.end([row for result in results for row in result.best_rows()])
 
 
 if __name__ == "__main__":

@@ -30,15 +30,14 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from output import Output, at_least, command_line
 from peers import HERE, MANY, SUBJECTS
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from study import WAYS, best_of
-from throughput import at_least, machine
 
 KNOWN = HERE / "best_known.json"
 NEAR = 1.01
@@ -50,7 +49,10 @@ FIND_SEED = 999
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one way; infinite where it was not there within the limit. `ratio` is over momentum-tuner's median."""
+    """Seconds of one way; infinite where it was not there within the limit.
+
+    `ratio` is over momentum-tuner's median, if that is finite.
+    """
 
     task: str
     way: str
@@ -134,6 +136,11 @@ def table_of(task: str, rows: list[Row]) -> Table:
     return table
 
 
+def ratio_of(seconds: float, ours: float, limit: float) -> float | None:
+    """How many times as long as ours something took, at least; None if ours was not there within the limit."""
+    return min(seconds, limit) / ours if math.isfinite(ours) else None
+
+
 def shown_seconds(seconds: float, limit: float) -> str:
     """Such as `7.3 s`, or `> 60 s`."""
     return f"{seconds:.1f} s" if math.isfinite(seconds) else f"> {limit:.0f} s"
@@ -141,10 +148,7 @@ def shown_seconds(seconds: float, limit: float) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--json", action="store_true", help="rows as JSON on stdout, the rest on stderr")
+    parser = command_line(__doc__)
     parser.add_argument("--task", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS[:3])
     parser.add_argument("--seeds", type=at_least(int, 1), default=10, help="runs of each way")
@@ -159,14 +163,12 @@ def main() -> None:
     asked = arguments()
     os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    aside = Console(stderr=True)
+    out = Output(asked.json)
     if asked.find:
         known[asked.find] = {"best": find(asked.find, asked.trials), "trials": asked.trials}
         KNOWN.write_text(json.dumps(known, indent=2) + "\n")
-        aside.print(known[asked.find])
+        out.aside.print(known[asked.find])
         return
-    before = machine()
-    out = aside if asked.json else Console()
     rows: list[Row] = []
     for task in dict.fromkeys(asked.task):
         best = float(known[task]["best"])
@@ -174,26 +176,22 @@ def main() -> None:
         least = best
         for seed in range(asked.seeds):  # in turns, as the machine may change
             for way, found in seconds.items():
-                with aside.status(f"{task}, {way}, seed {seed}"):
+                with out.aside.status(f"{task}, {way}, seed {seed}"):
                     took, came_to = seconds_to(way, task, seed, NEAR * best, asked.limit)
                 found.append(took)
                 least = min(least, came_to or math.inf)
-                aside.print(f"{task}, {way}, seed {seed}: {shown_seconds(took, asked.limit)}, best {came_to}")
+                out.aside.print(f"{task}, {way}, seed {seed}: {shown_seconds(took, asked.limit)}, best {came_to}")
         medians = {way: statistics.median(found) for way, found in seconds.items()}
-        ours = medians.get("momentum-tuner")
+        ours = medians.get("momentum-tuner", math.inf)
         mine = [
-            Row(task, way, best, asked.limit, found, medians[way], ours and min(medians[way], asked.limit) / ours)
+            Row(task, way, best, asked.limit, found, medians[way], ratio_of(medians[way], ours, asked.limit))
             for way, found in seconds.items()
         ]
-        out.print(table_of(task, mine))
+        out.table(table_of(task, mine))
         if least < best:
-            out.print(f"a run came to {least:.5f}, below the best known: --find {task}", markup=False)
+            out.line(f"a run came to {least:.5f}, below the best known: --find {task}")
         rows += mine
-    for line in before:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if asked.json:
-        json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
-        print()
+    out.end(rows)
 
 
 if __name__ == "__main__":
