@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from momentum_tuner.cli import options
 from momentum_tuner.database import Database
 from momentum_tuner.errors import InputError, TaskError
-from momentum_tuner.launcher import Page, RunOutcome, Workplace, join_study, own_trust, put_study, run_study
+from momentum_tuner.launcher import Page, RunOutcome, TaskCheck, Workplace, join_study, own_trust, put_study, run_study
 from momentum_tuner.spec import StudySpec, check_study, load_study
 from momentum_tuner.tasks import is_loading
 from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord, best_settings, find_study
@@ -234,7 +234,9 @@ def run(
         ray_address,
         gpus_per_worker,
     )
-    return _work(database, spec.name, place, lambda: put_study(database, spec, folder, place.trust), progress)
+    return _work(
+        database, spec.name, place, lambda check: put_study(database, spec, folder, place.trust, check), progress
+    )
 
 
 def resume(
@@ -286,7 +288,7 @@ def resume(
         gpus_per_worker,
     )
     study = join_study(database, name, place.trust)
-    return _work(database, name, place, lambda: study, progress)
+    return _work(database, name, place, lambda _: study, progress)
 
 
 def best(name: str, *, storage: str | None = None) -> list[BestSetting]:
@@ -345,7 +347,7 @@ class QuietPage:
 
 
 def _work(
-    database: Database, name: str, place: Workplace, submit: Callable[[], StudyRecord], progress: bool
+    database: Database, name: str, place: Workplace, submit: Callable[[TaskCheck], StudyRecord], progress: bool
 ) -> StudyResult:
     page: Page = QuietPage()
     if progress:

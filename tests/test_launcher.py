@@ -93,7 +93,7 @@ def test_what_a_worker_started_ends_with_it(sqlite_database, tmp_path, monkeypat
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     said = []
-    workers = LocalWorkers(sqlite_database, WorkerOptions(), [Placement("cpu", 1, 1)], said.append)
+    workers = LocalWorkers(sqlite_database, WorkerOptions(), [Placement("cuda:0", 1, 1)], said.append)
     workers.prepare(publish=False)
     while not (tmp_path / "pid").exists():
         workers.watch()

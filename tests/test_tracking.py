@@ -1605,7 +1605,13 @@ def test_more_points_than_go_at_once_are_all_shown(database, make_spec, uri, con
     assert contents(uri, with_ids=False) == contents(control_uri, with_ids=False)
 
 
-def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkeypatch):
+@pytest.fixture
+def nothing_kept(tmp_path_factory, monkeypatch):
+    """As on a machine where MLflow has made no file yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+
+
+def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkeypatch, nothing_kept):
     import mlflow.store.db.utils as made_by_mlflow
 
     def half(engine):
@@ -1621,3 +1627,31 @@ def test_a_store_that_could_not_be_made_whole_is_not_there_at_all(folder, monkey
     store.learn({})
     assert store.experiment_id
     assert [path.name for path in folder.iterdir()] == ["mlflow.db"]
+
+
+def test_the_empty_file_that_mlflow_made_is_kept_for_the_next_store(tmp_path, monkeypatch, nothing_kept):
+    import mlflow.store.db.utils as made_by_mlflow
+
+    def schema(name):
+        with sqlite3.connect(tmp_path / name) as connection:
+            revision = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+            return revision, connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall()
+
+    store_module.make_sqlite_store(f"sqlite:///{tmp_path / 'first.db'}")
+    kept = store_module.kept_store()
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    monkeypatch.setattr(made_by_mlflow, "_initialize_tables", None)
+    store_module.make_sqlite_store(f"sqlite:///{tmp_path / 'second.db'}")
+    assert schema("second.db") == schema("first.db")
+    RunStore(f"sqlite:///{tmp_path / 'second.db'}", "study", "identity").learn({})
+    with sqlite3.connect(kept) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM experiments").fetchone() == (0,)
+
+
+def test_a_home_that_cannot_be_written_to_keeps_no_store(tmp_path, monkeypatch):
+    (tmp_path / "caches").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    for name in ("first", "second"):
+        store = RunStore(f"sqlite:///{tmp_path / name}.db", "study", "identity")
+        store.learn({})
+        assert store.experiment_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,12 @@ from momentum_tuner.cli.options import (
     storage_option,
     worker_options,
 )
+from momentum_tuner.fork_server import early_server
 
 if TYPE_CHECKING:
     from momentum_tuner.database import Database
-    from momentum_tuner.launcher import Workplace
+    from momentum_tuner.fork_server import ForkServer
+    from momentum_tuner.launcher import TaskCheck, Workplace
     from momentum_tuner.tickets import StudyRecord
 
 
@@ -45,6 +48,10 @@ class WorkerArguments:
     compiles: str
     trust: tuple[str, ...]
     verbose: bool
+
+    def fork_server(self) -> AbstractContextManager[ForkServer | None]:
+        """What workers are forked from, if they can be, which begins to import before anything else is done."""
+        return (early_server(self.device) if self.engine == "local" else None) or nullcontext()
 
     def workplace(self, database: Database, *trusted: str) -> Workplace:
         """Where and how workers run, which may import `trusted` too."""
@@ -73,14 +80,15 @@ def run(study_file: Path, **options: object) -> None:
 
     The same file again goes on where it stopped, or says that the study is complete.
     """
-    from momentum_tuner.database import Database
-    from momentum_tuner.launcher import put_study, read_study
-
     arguments = WorkerArguments(**options)  # type: ignore[arg-type]
-    spec, folder, mine = read_study(study_file)
-    database = Database(arguments.storage)
-    place = arguments.workplace(database, *mine)
-    _work(database, spec.name, place, lambda: put_study(database, spec, folder, place.trust))
+    with arguments.fork_server() as server:
+        from momentum_tuner.database import Database
+        from momentum_tuner.launcher import put_study, read_study
+
+        spec, folder, mine = read_study(study_file)
+        database = Database(arguments.storage)
+        place = arguments.workplace(database, *mine)
+        _work(database, spec.name, place, lambda check: put_study(database, spec, folder, place.trust, check), server)
 
 
 @click.command(epilog="Example: momentum-tuner resume digits-mlp")
@@ -88,13 +96,14 @@ def run(study_file: Path, **options: object) -> None:
 @worker_options
 def resume(name: str, **options: object) -> None:
     """Go on with a study from what the database holds, as `run` does."""
-    from momentum_tuner.launcher import join_study
-
     arguments = WorkerArguments(**options)  # type: ignore[arg-type]
-    database = open_database(arguments.storage)
-    place = arguments.workplace(database)
-    study = join_study(database, name, place.trust)
-    _work(database, name, place, lambda: study)
+    with arguments.fork_server() as server:
+        from momentum_tuner.launcher import join_study
+
+        database = open_database(arguments.storage)
+        place = arguments.workplace(database)
+        study = join_study(database, name, place.trust)
+        _work(database, name, place, lambda _: study, server)
 
 
 @click.command(epilog="Example: momentum-tuner submit studies/digits-mlp.yaml")
@@ -120,32 +129,39 @@ def submit(study_file: Path, storage: str) -> None:
 @worker_options
 def worker(names: tuple[str, ...], forever: bool, **options: object) -> None:
     """Serve open studies from the database, oldest first, on any machine."""
-    import random
-
-    from momentum_tuner.database import Database, migrate
-    from momentum_tuner.launcher import serve_studies
-    from momentum_tuner.tickets import find_study
-
     arguments = WorkerArguments(**options)  # type: ignore[arg-type]
-    if forever:
-        database = Database(arguments.storage)
-        migrate(database)
-    else:
-        database = open_database(arguments.storage)
-    place = arguments.workplace(database)
-    for name in names:
-        find_study(database, name)
-    ordinal = random.randrange(1, 1_000_000)
-    serve_studies(database, names, place, _say, forever=forever, ordinal=ordinal)
+    with arguments.fork_server() as server:
+        import random
+
+        from momentum_tuner.database import Database, migrate
+        from momentum_tuner.launcher import serve_studies
+        from momentum_tuner.tickets import find_study
+
+        if forever:
+            database = Database(arguments.storage)
+            migrate(database)
+        else:
+            database = open_database(arguments.storage)
+        place = arguments.workplace(database)
+        for name in names:
+            find_study(database, name)
+        ordinal = random.randrange(1, 1_000_000)
+        serve_studies(database, names, place, _say, forever=forever, ordinal=ordinal, server=server)
 
 
-def _work(database: Database, name: str, place: Workplace, submit_it: Callable[[], StudyRecord]) -> None:
+def _work(
+    database: Database,
+    name: str,
+    place: Workplace,
+    submit_it: Callable[[TaskCheck], StudyRecord],
+    server: ForkServer | None,
+) -> None:
     """Bring a study to its end, and show it."""
     from momentum_tuner.cli.progress import ProgressPage
     from momentum_tuner.cli.summary import print_summary
     from momentum_tuner.launcher import run_study
 
-    outcome = run_study(database, name, place, submit_it, ProgressPage(database, name))
+    outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
     print_summary(database, outcome, place.tracking_uri)
     if outcome.progress.phase != "done":
         raise click.exceptions.Exit(130)

@@ -18,7 +18,8 @@ from packaging.version import Version
 
 from momentum_tuner.doctor.finding import Finding
 from momentum_tuner.errors import describe_failure
-from momentum_tuner.launcher.devices import MOST_CPU_WORKERS, available_cores, may_have_gpu, visible_gpus
+from momentum_tuner.fork_server import may_have_gpu
+from momentum_tuner.launcher.devices import MOST_CPU_WORKERS, available_cores, visible_gpus
 
 OURSELVES = "momentum-tuner"
 NAMED = ("torch", "optuna", "mlflow", "sqlalchemy")

@@ -1,9 +1,10 @@
 """Studies put into the database, and workers on them as local processes."""
 
 from momentum_tuner.launcher.devices import plan_workers, resolve_devices
-from momentum_tuner.launcher.local import KEEP_MEMORY, LocalWorkers, WorkerFailure
+from momentum_tuner.launcher.local import LocalWorkers, WorkerFailure
 from momentum_tuner.launcher.running import Page, RunOutcome, Workplace, run_study, serve_studies
 from momentum_tuner.launcher.submitting import (
+    TaskCheck,
     join_study,
     known_study,
     load_checked_task,
@@ -13,10 +14,10 @@ from momentum_tuner.launcher.submitting import (
 )
 
 __all__ = [
-    "KEEP_MEMORY",
     "LocalWorkers",
     "Page",
     "RunOutcome",
+    "TaskCheck",
     "WorkerFailure",
     "Workplace",
     "join_study",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from momentum_tuner.errors import DeviceError, InputError
+from momentum_tuner.fork_server import may_have_gpu
 
 MOST_CPU_WORKERS = 8
 
@@ -83,8 +83,3 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def may_have_gpu() -> bool:
-    """Whether it is worth the second that importing torch takes to ask it."""
-    return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")) or os.name == "nt"

@@ -13,13 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from momentum_tuner.database import Database, Ticket, Worker
-from momentum_tuner.errors import StorageError
+from momentum_tuner.errors import StorageError, StudyFailedError, TaskError
+from momentum_tuner.fork_server import CHECK, KEEP_MEMORY, WORKER, ForkedProcess, ForkServer, may_fork
 from momentum_tuner.launcher.devices import Placement
+from momentum_tuner.launcher.submitting import load_checked_task
+from momentum_tuner.spec import StudySpec
 from momentum_tuner.worker_options import WorkerOptions
 
 RESTARTS = 5
@@ -29,8 +33,6 @@ DRAIN_SECONDS = 8.0
 STOP_SECONDS = 9.0
 """How long all has to end, with what is still shown to MLflow: whoever stops a worker gives it 10 s."""
 LEAST_PUBLISH_SECONDS = 0.5
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
-"""glibc keeps the memory of freed tensors for the next step; else each step pays for the same pages again."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class WorkerFailure:
 class _Child:
     """A child process, with the last line it wrote."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedProcess
     restarts: int = 0
     done_before: int = 0
     last_error: str = ""
@@ -62,6 +64,7 @@ class LocalWorkers:
         placements: one for each worker.
         say: gets each line that a child writes.
         log_level: of the children.
+        server: a fork server that has begun to import; None: one is started if these workers can be forked.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class LocalWorkers:
         placements: Sequence[Placement],
         say: Callable[[str], None],
         log_level: int = logging.WARNING,
+        server: ForkServer | None = None,
     ) -> None:
         self.database = database
         self.failures: list[WorkerFailure] = []
@@ -82,6 +86,8 @@ class LocalWorkers:
         self._drain_until: float | None = None
         self._stop_until: float | None = None
         self._publisher: _Child | None = None
+        self._server = server
+        self._server_child: _Child | None = None
         self._workers: list[_Child] = []
         self._plan = [
             replace(options, device=p.device, sharing=p.sharing, threads=p.threads, ordinal=options.ordinal + i)
@@ -90,9 +96,48 @@ class LocalWorkers:
 
     def prepare(self, publish: bool) -> None:
         """Start the processes, so that they import what they need while the study is still being checked."""
-        self._workers = [self._spawn("worker", options) for options in self._plan]
+        if not all(may_fork(options.device) for options in self._plan):
+            self._end_server()
+        elif self._plan and self._server is None:
+            self._server = ForkServer()
+        if self._server is None:
+            self._workers = [self._start_worker(options) for options in self._plan]
+        else:
+            self._server_child = self._read_from(_Child(self._server.process))
         if publish:
-            self._publisher = self._spawn("publisher", None)
+            self._publisher = self._start_process("publisher", None)
+
+    def check_task(self, spec: StudySpec, folder: Path, trusted: Sequence[str]) -> None:
+        """As `load_checked_task`, where everything is imported that this takes.
+
+        Raises:
+            TaskError: the task cannot be loaded, or trained.
+            StudyFailedError: the process that checked it ended otherwise.
+            KeyboardInterrupt: `kill` ended it.
+        """
+        if self._server is None:
+            load_checked_task(spec, folder, trusted)
+            return
+        child = self._fork(CHECK, None)
+        self._write(
+            child,
+            {
+                "factory": spec.task.factory,
+                "params": dict(spec.task.params),
+                "metrics": [aim.metric for aim in spec.objective.aims],
+                "folder": str(folder),
+                "trusted": list(trusted),
+            },
+        )
+        code = child.process.wait()
+        _kill_group(child.process)
+        self._finish_reading(child)
+        if code == 2:
+            raise TaskError(child.last_error)
+        if code != 0:
+            if self._stopping:
+                raise KeyboardInterrupt
+            raise StudyFailedError(child.last_error or f"the process that checked the task {_ended(code)}")
 
     def start(self, studies: Sequence[str], tracking_uri: str | None) -> None:
         """Let the prepared processes begin: workers on their studies, the publisher on these.
@@ -102,6 +147,8 @@ class LocalWorkers:
             tracking_uri: where to; None if there is no publisher.
         """
         self._started = True
+        if self._server is not None and not self._stopping:
+            self._workers = [self._start_worker(options) for options in self._plan]
         for child in self._workers:
             self._order(child)
         if self._publisher is not None:
@@ -123,7 +170,7 @@ class LocalWorkers:
             self._finish_reading(child)
             if code == 0:
                 continue
-            if self._started:
+            if self._started and child.process.pid is not None:
                 self._mark_stopped(child.process.pid)
             if self._stopping:
                 continue
@@ -134,10 +181,12 @@ class LocalWorkers:
             else:
                 self._say(f"a worker {_ended(code)}; another one takes over its trials")
                 assert child.options is not None
-                again = self._spawn("worker", child.options)
+                again = self._start_worker(child.options)
                 again.restarts, again.done_before = restarts + 1, done
                 self._order(again)
                 self._workers.append(again)
+        if not self._workers and (self._started or self._stopping):
+            self._end_server()
         return bool(self._workers)
 
     def drain(self) -> None:
@@ -148,8 +197,7 @@ class LocalWorkers:
         self._drain_until = time.monotonic() + DRAIN_SECONDS
         self._stop_until = time.monotonic() + STOP_SECONDS
         for child in self._workers:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
+            child.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """Drain, and wait for the end."""
@@ -160,6 +208,7 @@ class LocalWorkers:
     def kill(self) -> None:
         """End all workers at once, as a second Ctrl-C does."""
         self._stopping, self._drain_until = True, 0.0
+        self._end_server()
         self.watch()
 
     def finish_publishing(self, seconds: float) -> bool:
@@ -177,26 +226,42 @@ class LocalWorkers:
         try:
             code = child.process.wait(timeout=max(0.1, seconds))
         except subprocess.TimeoutExpired:
-            child.process.kill()
+            _kill_group(child.process)
             code = child.process.wait()
         self._finish_reading(child)
         return code == 0
 
-    def _spawn(self, role: str, options: WorkerOptions | None) -> _Child:
-        environment = {**KEEP_MEMORY, **os.environ}
-        threads = options.threads if options is not None else 1
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
+    def _start_worker(self, options: WorkerOptions) -> _Child:
+        if self._server is not None and self._server.alive:
+            return self._fork(WORKER, options)
+        return self._start_process(WORKER, options)
+
+    def _fork(self, role: str, options: WorkerOptions | None) -> _Child:
+        assert self._server is not None
+        return self._read_from(_Child(self._server.fork(role), options=options))
+
+    def _end_server(self) -> None:
+        """End the fork server, with what it has forked."""
+        if self._server is not None:
+            self._server.kill()
+            self._server = None
+        if self._server_child is not None:
+            self._finish_reading(self._server_child)
+            self._server_child = None
+
+    def _start_process(self, role: str, options: WorkerOptions | None) -> _Child:
         process = subprocess.Popen(
             [sys.executable, "-m", "momentum_tuner.launcher.process", role],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=_environment(options),
             start_new_session=True,  # a Ctrl-C in the terminal reaches this process only, which passes it on
         )
-        child = _Child(process, options=options)
+        return self._read_from(_Child(process, options=options))
+
+    def _read_from(self, child: _Child) -> _Child:
         child.reader = threading.Thread(target=self._read, args=(child,), daemon=True)
         child.reader.start()
         return child
@@ -242,8 +307,20 @@ class LocalWorkers:
             session.execute(sa.update(Worker).where(Worker.host == host, Worker.pid == pid).values(state="stopped"))
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
+def _environment(options: WorkerOptions | None) -> dict[str, str]:
+    """Of a child; those that serve no study have one thread."""
+    environment = {**KEEP_MEMORY, **os.environ}
+    threads = options.threads if options is not None else 1
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
+    return environment
+
+
+def _kill_group(process: subprocess.Popen[str] | ForkedProcess) -> None:
     """End a child at once, with all that it has started and that did not leave its session."""
+    if process.pid is None:
+        process.send_signal(signal.SIGKILL)
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What runs in a child process: one line of JSON on standard input says what to do.
+"""What runs in a child process, in one of some roles: one line of JSON on standard input says what to do.
 
 Standard input stays open as long as the parent lives; when it ends, the child drains and goes. Secrets come this way
 too, so that no process list shows them.
@@ -17,8 +17,11 @@ import traceback
 import uuid
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
+from momentum_tuner.fork_server import NEEDED
 from momentum_tuner.leaving import leave
 
 _LESS = 10
@@ -26,7 +29,7 @@ _LEAST_PRIORITY = 19
 
 
 def main() -> int:
-    """Run as a worker or as the publisher, as the first argument says; returns the exit code.
+    """Run in the role that the first argument names; returns the exit code.
 
     What takes long to import is imported before the order comes, while the parent checks the study.
     """
@@ -38,6 +41,11 @@ def main() -> int:
         _prepare_publisher()
     gc.freeze()  # it stays: to look through it later takes as long
     gc.enable()
+    return follow_order(role)
+
+
+def follow_order(role: str) -> int:
+    """Do what the line on standard input says, as `worker`, `publisher` or `check`; returns the exit code."""
     line = sys.stdin.readline()
     if not line:
         return 0
@@ -45,7 +53,8 @@ def main() -> int:
     logging.basicConfig(level=order["log_level"], format="%(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    code, message = attempt(lambda: _work(order) if role == "worker" else _publish(order))
+    work = {"worker": _work, "publisher": _publish, "check": _check}[role]
+    code, message = attempt(lambda: work(order))
     if message:
         print(f"Error: {message}", file=sys.stderr)
     return code
@@ -64,8 +73,8 @@ def attempt(work: Callable[[], int]) -> tuple[int, str]:
 
 def prepare_worker() -> None:
     """Import what takes long."""
-    import_module("momentum_tuner.worker")
-    import_module("torch._dynamo")  # torch.func imports it at its first call
+    for module in NEEDED:
+        import_module(module)
 
 
 def _prepare_publisher() -> None:
@@ -85,7 +94,7 @@ def _prepare_report() -> None:
         import_module("momentum_tuner.report").prepare()
 
 
-def _work(order: dict[str, object]) -> int:
+def _work(order: dict[str, Any]) -> int:
     from pydantic import TypeAdapter
 
     from momentum_tuner.worker import StopSignal, run_worker
@@ -97,6 +106,15 @@ def _work(order: dict[str, object]) -> int:
     _watch_parent(lambda: setattr(stop, "asked", True))
     options = TypeAdapter(WorkerOptions).validate_python(order["options"])
     run_worker(str(order["storage"]), options, stop)
+    return 0
+
+
+def _check(order: dict[str, Any]) -> int:
+    """See that a task can be trained, and measures what is asked for."""
+    from momentum_tuner.tasks import load_usable_task
+
+    folder = Path(order["folder"])
+    load_usable_task(order["factory"], order["params"], order["metrics"], base=folder, trusted=order["trusted"])
     return 0
 
 
@@ -113,7 +131,7 @@ def _watch_parent(gone: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _publish(order: dict[str, object]) -> int:
+def _publish(order: dict[str, Any]) -> int:
     import signal
 
     from momentum_tuner.database import Database
@@ -128,9 +146,7 @@ def _publish(order: dict[str, object]) -> int:
     threading.Thread(target=_prepare_report, name="report", daemon=True).start()
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
-    studies = order["studies"]
-    assert isinstance(studies, list)
-    whole = PublisherLoop(database, studies, str(order["tracking_uri"]), name).run(finishing.is_set)
+    whole = PublisherLoop(database, order["studies"], str(order["tracking_uri"]), name).run(finishing.is_set)
     database.close()
     return 0 if whole else 3
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from momentum_tuner.database import Database
 from momentum_tuner.errors import InputError, StudyFailedError
+from momentum_tuner.fork_server import ForkServer
 from momentum_tuner.launcher.devices import plan_workers
 from momentum_tuner.launcher.local import LocalWorkers
-from momentum_tuner.launcher.submitting import known_study
+from momentum_tuner.launcher.submitting import TaskCheck, known_study, load_checked_task
 from momentum_tuner.tickets import StudyProgress, StudyRecord, study_progress
 from momentum_tuner.worker_options import WorkerOptions
 
@@ -95,7 +96,12 @@ class RunOutcome:
 
 
 def run_study(
-    database: Database, name: str, place: Workplace, submit: Callable[[], StudyRecord], page: Page
+    database: Database,
+    name: str,
+    place: Workplace,
+    submit: Callable[[TaskCheck], StudyRecord],
+    page: Page,
+    server: ForkServer | None = None,
 ) -> RunOutcome:
     """Bring a study to its end with workers of this process, or to where a signal stops it.
 
@@ -103,8 +109,10 @@ def run_study(
         database: where it is, or will be.
         name: the study's name.
         place: where and how workers run.
-        submit: puts the study into the database, or joins the one there; called while the workers load what they need.
+        submit: puts the study into the database, or joins the one there, with what is to check its task; called while
+            the workers load what they need.
         page: shows how far it is.
+        server: a fork server that has begun to import.
 
     Raises:
         InputError: the study, its task or an option cannot be used; nothing has changed.
@@ -112,14 +120,14 @@ def run_study(
     """
     known = known_study(database, name)
     if known is not None and known.phase == "done":
-        study = submit()
+        study = submit(load_checked_task)
         if study.phase == "done":
             return RunOutcome(study, study_progress(database, study), True, False, True)
-    workers = make_workers(database, (name,), place, page.say)
+    workers = make_workers(database, (name,), place, page.say, server=server)
     with interrupts(workers) as signals, page:
         workers.prepare(publish=place.tracking_uri is not None)
         try:
-            study = submit()
+            study = submit(workers.check_task)
         except BaseException:
             workers.kill()
             workers.finish_publishing(0.0)
@@ -150,6 +158,7 @@ def serve_studies(
     *,
     forever: bool,
     ordinal: int,
+    server: ForkServer | None = None,
 ) -> None:
     """Serve studies of the database until they are done, or a signal comes.
 
@@ -160,8 +169,9 @@ def serve_studies(
         say: gets what workers say.
         forever: wait for new studies where there is nothing left to do.
         ordinal: makes the samplers of these workers draw other points than those of other commands.
+        server: a fork server that has begun to import.
     """
-    workers = make_workers(database, names, place, say, forever=forever, ordinal=ordinal)
+    workers = make_workers(database, names, place, say, forever=forever, ordinal=ordinal, server=server)
     with interrupts(workers) as signals:
         workers.prepare(publish=place.tracking_uri is not None)
         workers.start(names, place.tracking_uri)
@@ -180,6 +190,7 @@ def make_workers(
     *,
     forever: bool = False,
     ordinal: int = 0,
+    server: ForkServer | None = None,
 ) -> LocalWorkers | RayWorkers:
     """The workers of a place, none of them started yet.
 
@@ -202,7 +213,7 @@ def make_workers(
         return RayWorkers(database, options, placing, say, place.log_level)
     if place.ray_address is not None or place.gpus_per_worker is not None:
         raise InputError("--ray-address and --gpus-per-worker need --engine ray")
-    return LocalWorkers(database, options, plan_workers(place.workers, place.device), say, place.log_level)
+    return LocalWorkers(database, options, plan_workers(place.workers, place.device), say, place.log_level, server)
 
 
 @dataclass

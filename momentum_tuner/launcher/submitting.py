@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from momentum_tuner.database import Database, migrate
 from momentum_tuner.errors import StudyNotFoundError
@@ -14,6 +14,9 @@ from momentum_tuner.tickets import StudyRecord, find_study, submit_study
 
 if TYPE_CHECKING:
     from momentum_tuner.tasks import Loop, Task
+
+TaskCheck: TypeAlias = Callable[[StudySpec, Path, Sequence[str]], object]
+"""As `load_checked_task`, but what it returns is of no use."""
 
 
 def read_study(study_file: Path) -> tuple[StudySpec, Path, tuple[str, ...]]:
@@ -29,7 +32,9 @@ def own_trust(spec: StudySpec, folder: Path) -> tuple[str, ...]:
     return () if mine is None else (mine,)
 
 
-def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequence[str]) -> StudyRecord:
+def put_study(
+    database: Database, spec: StudySpec, folder: Path, trusted: Sequence[str], check: TaskCheck | None = None
+) -> StudyRecord:
     """Put a study into the database, or join the one there.
 
     A new one's task is loaded and checked before the database is touched.
@@ -39,11 +44,12 @@ def put_study(database: Database, spec: StudySpec, folder: Path, trusted: Sequen
         spec: the study.
         folder: where its task file lies, if it has one.
         trusted: what may be imported.
+        check: what loads and checks the task; None: this process.
     """
     from momentum_tuner.search import check_optuna, design
 
     if known_study(database, spec.name) is None:
-        load_checked_task(spec, folder, trusted)
+        (check or load_checked_task)(spec, folder, trusted)
     migrate(database)
     check_optuna(database)
     return submit_study(database, spec, str(folder), lambda optimizer: design(spec, optimizer))
@@ -83,10 +89,7 @@ def load_checked_task(spec: StudySpec, folder: Path | None, trusted: Sequence[st
     Raises:
         TaskError: it cannot be loaded, or trained.
     """
-    from momentum_tuner.tasks import check_objective, check_task, load_task
+    from momentum_tuner.tasks import load_usable_task
 
-    task = load_task(spec.task.factory, spec.task.params, base=folder, trusted=trusted)
-    check_task(task)
-    for aim in spec.objective.aims:
-        check_objective(aim.metric, task)
-    return task
+    metrics = [aim.metric for aim in spec.objective.aims]
+    return load_usable_task(spec.task.factory, spec.task.params, metrics, base=folder, trusted=trusted)

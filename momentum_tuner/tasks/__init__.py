@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from momentum_tuner.tasks.content import describe_data
     from momentum_tuner.tasks.digits import digits_cnn, digits_mlp, digits_rnn, digits_transformer
     from momentum_tuner.tasks.landscapes import double_well, quadratic, rosenbrock
-    from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, trust_of
+    from momentum_tuner.tasks.loader import check_trust, is_loading, load_task, load_usable_task, trust_of
     from momentum_tuner.tasks.loop import Loop, LoopContext
     from momentum_tuner.tasks.task import Task, check_objective, check_task
 
@@ -37,6 +37,7 @@ __all__ = [
     "from_lightning",
     "is_loading",
     "load_task",
+    "load_usable_task",
     "quadratic",
     "rosenbrock",
     "trust_of",
@@ -68,6 +69,7 @@ _EXPORTS = {
     "is_loading": "momentum_tuner.tasks.loader:is_loading",
     "describe_data": "momentum_tuner.tasks.content:describe_data",
     "load_task": "momentum_tuner.tasks.loader:load_task",
+    "load_usable_task": "momentum_tuner.tasks.loader:load_usable_task",
     "trust_of": "momentum_tuner.tasks.loader:trust_of",
 }
 

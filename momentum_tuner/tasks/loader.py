@@ -139,6 +139,35 @@ def load_task(
     return task
 
 
+def load_usable_task(
+    factory: str,
+    params: Mapping[str, Any],
+    metrics: Collection[str],
+    *,
+    base: Path | None,
+    trusted: Collection[str] = (),
+) -> Task | Loop:
+    """As `load_task`, and see that the task can be trained and measures all that is asked for.
+
+    Args:
+        factory: see `load_task`.
+        params: see `load_task`.
+        metrics: what a search aims at.
+        base: see `load_task`.
+        trusted: see `load_task`.
+
+    Raises:
+        TaskError: it cannot be loaded or trained, or has no such metric.
+    """
+    from momentum_tuner.tasks.task import check_objective, check_task
+
+    task = load_task(factory, params, base=base, trusted=trusted)
+    check_task(task)
+    for metric in metrics:
+        check_objective(metric, task)
+    return task
+
+
 def _parse(factory: str, base: Path | None) -> _Reference:
     where, _, name = factory.rpartition(":")
     if re.fullmatch(_IDENTIFIER, name):

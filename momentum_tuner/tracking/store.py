@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,24 +68,48 @@ def make_sqlite_store(uri: str) -> None:
     """Make MLflow's SQLite file, if there is none: aside, and put in its place when it is whole.
 
     MLflow makes it in some fifty steps in its place; killed or disturbed on the way, it leaves a file that nothing can
-    use or mend.
+    use or mend. As these steps take a second of the processor, a copy of the empty file is kept for the next time.
     """
     url = sa.make_url(uri) if uri.startswith("sqlite") else None
     if url is None or url.query or not url.database or Path(url.database).exists():
         return
+    place, kept = Path(url.database), kept_store()
+    with _made_aside(place) as made:
+        try:
+            shutil.copyfile(kept, made)
+        except OSError:
+            _initialize(made)
+            with contextlib.suppress(OSError):  # a home that cannot be written to
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with _made_aside(kept) as copy:
+                    shutil.copyfile(made, copy)
+
+
+def kept_store() -> Path:
+    """Where the empty SQLite file of this version of MLflow is kept."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches, "momentum-tuner", f"mlflow-{version('mlflow')}.db")
+
+
+def _initialize(file: Path) -> None:
     from mlflow.store.db.utils import _initialize_tables
 
-    place = Path(url.database)
+    engine = sa.create_engine(f"sqlite:///{file}")
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _made_aside(place: Path) -> Iterator[Path]:
+    """A path to make a file at, which is put in its place when it is whole, unless another one was quicker."""
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.absolute().parent) as folder:
         made = Path(folder, place.name)
-        engine = sa.create_engine(f"sqlite:///{made}")
-        try:
-            _initialize_tables(engine)
-        finally:
-            engine.dispose()
+        yield made
         try:
             os.link(made, place)
-        except FileExistsError:  # another one was quicker
+        except FileExistsError:
             pass
         except OSError:  # a file system without links
             made.rename(place)

@@ -6,6 +6,7 @@ import signal
 import time
 
 import optuna
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -97,6 +98,17 @@ def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, sh
         pid = connection.execute(sa.text("SELECT pid FROM workers WHERE state = 'running' LIMIT 1")).scalar()
     engine.dispose()
     os.kill(pid, signal.SIGKILL)
+    out, error = process.communicate(timeout=280)
+    assert process.returncode == 0, out + error
+    assert "was ended by signal 9" in out
+    exactly_64_of_each(shell)
+
+
+def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
+    process = shell.start("run", short_study, "--workers", "2", "--slots", "8", "--tracking-uri", "none")
+    wait_for(shell, process, done=10)
+    (server,) = [p for p in psutil.Process(process.pid).children() if "momentum_tuner.fork_server" in p.cmdline()]
+    server.kill()
     out, error = process.communicate(timeout=280)
     assert process.returncode == 0, out + error
     assert "was ended by signal 9" in out

@@ -50,7 +50,7 @@ from output import Output, at_least, command_line
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from momentum_tuner.launcher import KEEP_MEMORY
+from momentum_tuner.fork_server import KEEP_MEMORY
 from momentum_tuner.launcher.devices import available_cores, plan_workers
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer import FUSED_WIDTH, Trainer

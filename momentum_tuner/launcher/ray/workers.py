@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,10 +18,13 @@ from ray.exceptions import RayActorError, RayError
 
 from momentum_tuner.database import Database, Worker
 from momentum_tuner.errors import InputError, StorageError
-from momentum_tuner.launcher.local import DRAIN_SECONDS, KEEP_MEMORY, RESTARTS, LocalWorkers, WorkerFailure, trials_done
+from momentum_tuner.fork_server import KEEP_MEMORY
+from momentum_tuner.launcher.local import DRAIN_SECONDS, RESTARTS, LocalWorkers, WorkerFailure, trials_done
 from momentum_tuner.launcher.ray import cluster
 from momentum_tuner.launcher.ray.actor import Ended, Place, WorkerActor
 from momentum_tuner.launcher.ray.cluster import Demand, Node, check_device, choose_demand
+from momentum_tuner.launcher.submitting import load_checked_task
+from momentum_tuner.spec import StudySpec
 from momentum_tuner.worker_options import WorkerOptions
 
 FOLLOW_SECONDS = 1.0
@@ -124,6 +128,10 @@ class RayWorkers:
             )
         self._follow()
         self._publisher.prepare(publish)
+
+    def check_task(self, spec: StudySpec, folder: Path, trusted: Sequence[str]) -> None:
+        """As `load_checked_task`, in this process."""
+        load_checked_task(spec, folder, trusted)
 
     def start(self, studies: Sequence[str], tracking_uri: str | None) -> None:
         """Let workers begin as soon as they are placed, and the publisher at once.
