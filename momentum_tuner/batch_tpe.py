@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from optuna.samplers._tpe.sampler import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-MOST_ABOVE = 500
+MOST_ABOVE = 400
 """Finished trials of the worse group that its density is made from: with all, a trial's cost grows with the study."""
 _NEWEST = 25
 """So many of the newest have full weight in Optuna's density; they all are among them."""
@@ -35,6 +35,40 @@ class _Fit:
     above: dict[str, NDArray[np.float64]]
 
 
+@dataclass
+class TPEMemory:
+    """What the samplers of one study's batches hand on: of finished trials, which never change, the best ones.
+
+    Attributes:
+        below: the better group of the last batch.
+        ended: numbers of the finished trials that it was chosen from.
+    """
+
+    below: list[FrozenTrial] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+
+    def split(
+        self, study: optuna.Study, trials: list[FrozenTrial], size: int
+    ) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """The better and the worse group, each by number, as `_split_trials` makes them, which compares all trials.
+
+        The best of all are among as many of before and those that ended since.
+        """
+        if len(study.directions) > 1:
+            return _split_trials(study, trials, size)
+        new = [t for t in trials if t.number not in self.ended]
+        if len(self.below) == size:
+            candidates = sorted([*self.below, *new], key=lambda t: t.number)  # those that are alike keep their order
+            below, _ = _split_trials(study, candidates, size)
+            best = {t.number for t in below}
+            above = [t for t in trials if t.number not in best]
+        else:
+            below, above = _split_trials(study, trials, size)
+        self.below = below
+        self.ended.update(t.number for t in new if t.state.is_finished())
+        return below, above
+
+
 class BatchTPESampler(optuna.samplers.TPESampler):
     """TPE with Optuna's defaults for the trials of one batch; a new one is made for the next batch.
 
@@ -43,10 +77,12 @@ class BatchTPESampler(optuna.samplers.TPESampler):
 
     Args:
         space: the parameters, known in advance: Optuna would find them in all trials.
+        memory: of the sampler of the study's last batch.
     """
 
-    def __init__(self, space: Mapping[str, BaseDistribution]) -> None:
+    def __init__(self, space: Mapping[str, BaseDistribution], memory: TPEMemory | None = None) -> None:
         super().__init__()
+        self._memory = memory or TPEMemory()
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._starts: bool | None = None
         self._fits: dict[tuple[str, ...], _Fit] = {}
@@ -101,7 +137,7 @@ class BatchTPESampler(optuna.samplers.TPESampler):
         trials = study.get_trials(deepcopy=False, states=states)
         told = sum(trial.state is not TrialState.RUNNING for trial in trials)
         gamma = default_gamma if len(study.directions) == 1 else default_gamma_multiobjective
-        below, above = _split_trials(study, trials, gamma(told))
+        below, above = self._memory.split(study, trials, gamma(told))
         return _Fit(
             self._build_parzen_estimator(study, search_space, below, handle_below=True),
             self._get_internal_repr(_thinned(above), search_space, study),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import defaultdict
 
 import optuna
 from optuna.pruners._successive_halving import _completed_rung_key, _get_current_rung
@@ -12,12 +13,14 @@ from optuna.trial import FrozenTrial
 
 from momentum_tuner.trial_cache import TrialCache
 
+_RUNG = _completed_rung_key(0).removesuffix("0")
+
 
 class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
     """Decides as Optuna's own pruner does, and leaves the same marks on the trials.
 
-    Optuna collects and sorts the values of all trials at a rung for each trial that it judges. Here they are kept,
-    sorted, as long as the storage's batch lasts.
+    Optuna collects and sorts the values of all trials at a rung for each trial that it judges. Here those of finished
+    trials are kept, sorted, and those of the others as long as the storage's batch lasts.
 
     Args:
         min_resource: epochs at the first rung.
@@ -27,7 +30,10 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
 
     def __init__(self, min_resource: int, reduction_factor: int, min_early_stopping_rate: int = 0) -> None:
         super().__init__(min_resource, reduction_factor, min_early_stopping_rate)
+        self._ended: set[int] = set()
+        self._reached_by_ended: defaultdict[str, list[float]] = defaultdict(list)
         self._batch: int | None = None
+        self._running: list[FrozenTrial] = []
         self._values: dict[str, list[float]] = {}
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -56,12 +62,24 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
         """The values at a rung, sorted."""
         batch = study._storage.batch_number if isinstance(study._storage, TrialCache) else None
         if batch is None or batch != self._batch:
-            self._values.clear()
+            self._look(study)
         self._batch = batch
         if key not in self._values:
-            trials = study.get_trials(deepcopy=False)
-            self._values[key] = sorted(t.system_attrs[key] for t in trials if key in t.system_attrs)
+            running = [trial.system_attrs[key] for trial in self._running if key in trial.system_attrs]
+            self._values[key] = sorted([*self._reached_by_ended[key], *running])
         return self._values[key]
+
+    def _look(self, study: optuna.Study) -> None:
+        """Take in what has changed since the last batch."""
+        self._values.clear()
+        new = [trial for trial in study.get_trials(deepcopy=False) if trial.number not in self._ended]
+        self._running = [trial for trial in new if not trial.state.is_finished()]
+        for trial in new:
+            if trial.state.is_finished():
+                self._ended.add(trial.number)
+                for key, value in trial.system_attrs.items():
+                    if key.startswith(_RUNG):
+                        bisect.insort(self._reached_by_ended[key], value)
 
 
 class BatchHyperbandPruner(optuna.pruners.HyperbandPruner):

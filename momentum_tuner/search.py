@@ -22,7 +22,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from momentum_tuner.batch_tpe import BatchTPESampler
+from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
 from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
 from momentum_tuner.errors import StorageError
 from momentum_tuner.faults import crash_point
@@ -74,6 +74,7 @@ class Search:
         self._aims = [aim.direction for aim in spec.objective.aims]
         self._reports_apart = spec.objective.at_rungs is not spec.objective
         self._studies: dict[str, optuna.Study] = {}
+        self._memories: dict[str, TPEMemory] = {}
         with self._reaching():
             self._backend = open_storage(database)
             self._storage = TrialCache(self._backend, database)
@@ -254,7 +255,8 @@ class Search:
             pruner=self._study(place).pruner,
         )
         space = self._distributions[optimizer]
-        sampler_of = make_samplers(self.spec, space, self._worker_seed)
+        memory = self._memories.setdefault(place, TPEMemory())
+        sampler_of = make_samplers(self.spec, space, self._worker_seed, memory)
         drawn: dict[int, Mapping[str, Any]] = {}
         for trial_id, number in zip(trial_ids, numbers, strict=True):
             study.sampler = sampler_of(number)
@@ -378,7 +380,10 @@ def check_optuna(database: Database) -> None:
 
 
 def make_samplers(
-    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], worker_seed: int
+    spec: StudySpec,
+    space: Mapping[str, optuna.distributions.BaseDistribution],
+    worker_seed: int,
+    memory: TPEMemory | None = None,
 ) -> Callable[[int], optuna.samplers.BaseSampler]:
     """The samplers of a study file for the trials of a batch, by their numbers, in order.
 
@@ -389,8 +394,9 @@ def make_samplers(
         spec: the study.
         space: Optuna's parameters of the contestant.
         worker_seed: makes several workers draw different points.
+        memory: of the samplers of the batches before.
     """
-    broad = _broad_samplers(spec, space)
+    broad = _broad_samplers(spec, space, memory)
 
     def sampler_of(number: int) -> optuna.samplers.BaseSampler:
         sampler = broad(int(np.random.SeedSequence((spec.seed, worker_seed, number)).generate_state(1)[0]))
@@ -402,10 +408,10 @@ def make_samplers(
 
 
 def _broad_samplers(
-    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution]
+    spec: StudySpec, space: Mapping[str, optuna.distributions.BaseDistribution], memory: TPEMemory | None
 ) -> Callable[[int], optuna.samplers.BaseSampler]:
     """The samplers of a batch by a trial's seed."""
-    tpe = BatchTPESampler(space)
+    tpe = BatchTPESampler(space, memory)
     fitted: list[optuna.samplers.GPSampler] = []
 
     def gaussian_process(seed: int) -> optuna.samplers.BaseSampler:

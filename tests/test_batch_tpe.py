@@ -1,5 +1,6 @@
 """A batch of TPE's trials is drawn as Optuna draws them one by one, and where it differs, as well."""
 
+import copy
 import itertools
 import math
 from statistics import median
@@ -8,10 +9,11 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.trial import TrialState, create_trial
 
 from momentum_tuner import batch_tpe
-from momentum_tuner.batch_tpe import BatchTPESampler
+from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
 
 PLANE = {
     "learning_rate": FloatDistribution(1e-4, 1.0, log=True),
@@ -77,6 +79,29 @@ def test_a_thinned_group_has_all_that_run_and_the_newest_and_is_spread_over_the_
     assert found[-28:] == list(range(175, 203))
     assert found[0] == 0
     assert max(b - a for a, b in itertools.pairwise(found)) <= 6
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_what_a_memory_splits_is_what_optuna_splits(direction):
+    """Trials end in any order; many are alike, so that the order of those tells."""
+    study = optuna.create_study(direction=direction)
+    all_told = told(PLANE, 700).get_trials(deepcopy=False)
+    for trial in all_told:
+        if trial.state is TrialState.COMPLETE:
+            trial.value = round(trial.value, 1)
+    generator = np.random.default_rng(0)
+    ends = np.arange(700) + generator.integers(0, 60, 700)
+    memory = TPEMemory()
+    for now in range(10, 700, 30):
+        running = [copy.copy(trial) for trial in all_told[:now]]
+        for trial in running:
+            if ends[trial.number] > now:
+                trial.state, trial.values, trial.system_attrs = TrialState.RUNNING, None, {}
+        size = default_gamma(sum(trial.state is not TrialState.RUNNING for trial in running))
+        below, above = memory.split(study, running, size)
+        expected = _split_trials(study, running, size)
+        assert ([t.number for t in below], [t.number for t in above]) == tuple([t.number for t in e] for e in expected)
+    assert len(below) == 25
 
 
 def search(sampler_of, seed, slots, trials):
