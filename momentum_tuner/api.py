@@ -83,7 +83,7 @@ class Study:
             confirm: `{"seeds": 10}`.
             target: the value to reach, or `"auto"`.
             seed: of all trials of the search.
-            precision: `auto`, `float32`, `float64` or `bfloat16`.
+            precision: `auto`, `float32`, `float64`, `tfloat32` or `bfloat16`.
             max_attempts: after how many attempts without progress a trial fails.
             folder: where the task file lies.
 

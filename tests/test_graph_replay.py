@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from momentum_tuner.tasks import digits_cnn, digits_mlp, digits_rnn, quadratic
 from momentum_tuner.trainer import Trainer, TrialSettings, compiling, products, replay
 from momentum_tuner.trainer.capture import NotCapturedError, capture
-from momentum_tuner.trainer.products import fast_products
+from momentum_tuner.trainer.products import fast_products, rounding
 from momentum_tuner.trainer.replay import Replay
 
 torch.set_num_threads(1)
@@ -327,6 +328,37 @@ def test_fast_products_are_as_exact_and_leave_the_setting_as_it_was(monkeypatch)
     with pytest.raises(ValueError), fast_products(torch.device("cpu"), torch.float32):
         raise ValueError
     assert settings.fp32_precision == before
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tfloat32", "tf32"), ("float32", "ieee"), ("auto", None)])
+def test_the_precision_says_whether_cuda_may_round_products(precision, expected):
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [settings.fp32_precision for settings in backends]
+    with rounding(torch.device("cuda"), precision):
+        assert [s.fp32_precision for s in backends] == (before if expected is None else [expected] * 3)
+    with rounding(torch.device("cpu"), precision):
+        assert [s.fp32_precision for s in backends] == before
+    with pytest.raises(ValueError), rounding(torch.device("cuda"), precision):
+        raise ValueError
+    assert [s.fp32_precision for s in backends] == before
+
+
+@pytest.mark.parametrize("mode", ["fused", "sequential"])
+def test_a_model_is_trained_and_evaluated_with_the_rounding_of_its_precision(mode, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def noting(device, precision):
+        seen.append((device.type, precision))
+        yield
+
+    monkeypatch.setattr("momentum_tuner.trainer.objective.rounding", noting)
+    trainer = Trainer(digits_mlp(hidden=4), epochs=1, slots=1, mode=mode, precision="tfloat32")
+    trainer.admit("a", TrialSettings("sgd", {"learning_rate": 0.1}, 512, 0))
+    seen.clear()
+    ((_, record),) = trainer.train_epoch()
+    assert seen == [("cpu", "tfloat32")] * (record.step + 1)
+    assert trainer.objective.layout.dtype == torch.float32
 
 
 def test_rounded_products_are_never_taken_for_fast_ones(monkeypatch):

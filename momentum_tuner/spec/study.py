@@ -50,7 +50,7 @@ from momentum_tuner.spec.sections import (
 )
 from momentum_tuner.spec.settings import Setting, Space, grid_axis, names_of, normal_form, plain, settings_of
 
-PRECISIONS = ("auto", "float32", "float64", "bfloat16")
+PRECISIONS = ("auto", "float32", "float64", "tfloat32", "bfloat16")
 
 _LARGEST_GRID = 100_000
 
@@ -82,9 +82,9 @@ class StudySpec(Section):
     confirm: ConfirmSpec = Field(default=ConfirmSpec(), description="a mapping such as {seeds: 10}")
     target: Literal["auto"] | float = Field(default="auto", description="auto, or a finite number")
     seed: Annotated[int, count(0, 2**32 - 1)] = 0
-    precision: Annotated[Literal["auto", "float32", "float64", "bfloat16"], BeforeValidator(one_of(PRECISIONS))] = (
-        "auto"
-    )
+    precision: Annotated[
+        Literal["auto", "float32", "float64", "tfloat32", "bfloat16"], BeforeValidator(one_of(PRECISIONS))
+    ] = "auto"
     max_attempts: Annotated[int, count(1, 1_000)] = 3
 
     def __hash__(self) -> int:

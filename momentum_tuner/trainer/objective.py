@@ -22,7 +22,7 @@ from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
-from momentum_tuner.trainer.products import fast_products
+from momentum_tuner.trainer.products import fast_products, rounding
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 from momentum_tuner.trainer.replay import Replay, relative_difference
 from momentum_tuner.trainer.wrapper import Wrapper
@@ -49,7 +49,8 @@ class Objective:
     Args:
         task: model factory, loss and metrics.
         device: where the model lives.
-        precision: `auto` (the model's own dtype), `float32`, `float64`, or `bfloat16` (autocast).
+        precision: `auto` (the model's own dtype), `float32`, `float64`, `tfloat32` (float32, whose products CUDA may
+            round), or `bfloat16` (autocast).
         probe: a training batch, to see whether vmap can batch the model.
         mode: `fused`, `sequential`, or `auto` (fused where the probe allows it).
     """
@@ -57,6 +58,7 @@ class Objective:
     def __init__(self, task: Task, device: torch.device, precision: str, probe: Batch, mode: str = "auto") -> None:
         self.task = task
         self.device = device
+        self.precision = precision
         self.autocast = precision == "bfloat16"
         self._dtype = data_dtype(precision)
         self.validation = Validation(task, device, self._dtype)
@@ -120,9 +122,10 @@ class Objective:
             fused: all slots at once or one after the other, whatever `batch_slots` says.
         """
         if not (self.batch_slots if fused is None else fused) or batch.separate:
-            return self._gradient_one_by_one(rows, buffers, batch, keys)
+            with rounding(self.device, self.precision):
+                return self._gradient_one_by_one(rows, buffers, batch, keys)
         arguments = (rows, True), (buffers, True), (batch.tensors, not batch.shared), (keys, True)
-        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype), rounding(self.device, self.precision):
             grads, loss, *after = self.replay.call(GRADIENT, partial(self._fused_gradient, batch.shared), *arguments)
         for name, value in zip(buffers, after, strict=True):
             if value is not buffers[name]:
@@ -140,9 +143,10 @@ class Objective:
                 every time.
         """
         if not self.batch_slots:
-            return self._evaluate_one_by_one(rows, buffers, data, part)
+            with rounding(self.device, self.precision):
+                return self._evaluate_one_by_one(rows, buffers, data, part)
         arguments = (rows, True), (buffers, True), (data.tensors, False)
-        with torch.no_grad(), fast_products(self.device, self.layout.dtype):
+        with torch.no_grad(), fast_products(self.device, self.layout.dtype), rounding(self.device, self.precision):
             return self.replay.call(EVALUATION, self._fused_evaluation, *arguments)[0]
 
     def smooth_loss(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, fused: bool) -> Tensor:
@@ -364,7 +368,7 @@ def _late_change(name: str) -> str:
 
 def data_dtype(precision: str) -> torch.dtype | None:
     """The dtype of models and data under a precision of the study file; None leaves them as the task made them."""
-    return {"float32": torch.float32, "float64": torch.float64}.get(precision)
+    return {"float32": torch.float32, "tfloat32": torch.float32, "float64": torch.float64}.get(precision)
 
 
 @contextmanager

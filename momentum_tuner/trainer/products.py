@@ -1,4 +1,4 @@
-"""The faster of torch's two libraries for products of float32 matrices on this CPU."""
+"""How products of float32 matrices are computed: on a CPU by the faster of two libraries, on CUDA how exactly."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+@contextmanager
+def rounding(device: torch.device, precision: str) -> Iterator[None]:
+    """Whether CUDA may round the factors of float32 products to TF32, which has 10 bits for a fraction.
+
+    Args:
+        device: where the products are.
+        precision: `tfloat32` lets it, in convolutions and recurrent layers too; `float32` does not; any other leaves it
+            as torch or the user has set it.
+    """
+    wanted = {"tfloat32": "tf32", "float32": "ieee"}.get(precision)
+    if device.type != "cuda" or wanted is None:
+        yield
+        return
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+    before = [settings.fp32_precision for settings in backends]
+    try:
+        for settings in backends:
+            settings.fp32_precision = wanted
+        yield
+    finally:
+        for settings, value in zip(backends, before, strict=True):
+            settings.fp32_precision = value
 
 
 @functools.cache

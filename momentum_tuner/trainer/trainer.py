@@ -50,7 +50,7 @@ class Trainer:
         slots: how many trials at once; None takes the fastest width, and one at a time where that is faster, by
             measurement.
         device: where to train.
-        precision: `auto`, `float32`, `float64` or `bfloat16` (autocast).
+        precision: `auto`, `float32`, `float64`, `tfloat32` or `bfloat16`; see `Objective`.
         schedule: of the learning rate, and of momentum for `one_cycle`.
         mode: `auto`, `fused` or `sequential` (one slot after the other).
         most: the greatest width that the measurement may choose.
