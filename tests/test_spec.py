@@ -547,7 +547,8 @@ MISTAKES = [
     ),
     (
         {"precision": "float16"},
-        "precision: 'float16' is not known; did you mean 'bfloat16'? (allowed: auto, float32, float64, tfloat32, bfloat16)",
+        "precision: 'float16' is not known; did you mean 'bfloat16'? "
+        "(allowed: auto, float32, float64, tfloat32, bfloat16)",
     ),
     (
         {"bugdet": "{}"},
