@@ -35,6 +35,7 @@ BUDGET_SECONDS = 3.0
 """For all steps that are timed. What comes before them, such as capturing, says nothing of them."""
 WINDOW_SECONDS = 0.04
 LEAST_STEPS, MOST_STEPS = 3, 20
+REPEATS = 3
 CLOSE = 1.15
 """A way that takes at most this much longer than the fastest may be the fastest."""
 
@@ -120,11 +121,12 @@ def calibrate(objective: Objective, batch: Batch, most: int, fused: bool = True)
         found[way] = watch.seconds(way)
         if fused:
             found |= _climb(watch, most, count)
-    # What came close is measured once more, as something else may have taken the processor meanwhile.
-    close = sorted((s, way) for way, s in found.items() if s < CLOSE * min(found.values()))
-    for seconds, way in close:
-        if len(close) > 1 and watch.measured < BUDGET_SECONDS:
-            found[way] = min(seconds, watch.seconds(way))
+    # What came close is measured again, in turns, as something else may have taken the processor meanwhile.
+    for _ in range(REPEATS):
+        close = [way for way, seconds in found.items() if seconds < CLOSE * min(found.values())]
+        for way in close if len(close) > 1 else ():
+            if watch.measured < BUDGET_SECONDS:
+                found[way] = min(found[way], watch.seconds(way))
     return Calibration(found)
 
 
