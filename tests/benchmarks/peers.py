@@ -160,10 +160,7 @@ def run_ours(subject: Subject, folder: Path, trials: int, seed: int, pruner: str
 
     The seed is the samplers' alone, as workers of several commands have each their own.
     """
-    import functools
-
     from momentum_tuner.cli import cli
-    from momentum_tuner.launcher import running
 
     study = {
         "name": "study",
@@ -183,7 +180,12 @@ def run_ours(subject: Subject, folder: Path, trials: int, seed: int, pruner: str
     file.write_text(json.dumps(study))  # JSON is YAML
     storage = ["--storage", f"sqlite:///{folder}/study.db"]
     tracking = ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    running.make_workers = functools.partial(running.make_workers, ordinal=1000 * seed)
+    if seed:
+        import functools
+
+        from momentum_tuner.launcher import running
+
+        running.make_workers = functools.partial(running.make_workers, ordinal=1000 * seed)
     cli(["run", str(file), *storage, *tracking], standalone_mode=False)
 
 
