@@ -28,16 +28,17 @@ from momentum_tuner.leaving import leave
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
 """Environment of what trains: glibc keeps the memory of freed tensors for the next step; else each step pays for the
 same pages again."""
-NEEDED = (
+_FOR_CHECKS = (
     "momentum_tuner.launcher.process",
     "torch",
     "momentum_tuner.tasks.digits",  # with what any task needs
+)
+NEEDED = (
+    *_FOR_CHECKS,
     "momentum_tuner.worker",
     "torch._dynamo",  # torch.func imports it at its first call
 )
-"""What takes long to import and every worker needs, in the order in which the server imports it. A task can be checked
-with what comes before the worker."""
-_FOR_CHECKS = 3
+"""What takes long to import and every worker needs; a task can be checked with the first of it."""
 CHECK, WORKER = "check", "worker"
 """The roles of forked processes, as `launcher.process` knows them."""
 _RUN = "momentum_tuner.launcher.process:follow_order"
@@ -219,7 +220,7 @@ def main() -> None:
     gc.disable()  # which takes a quarter of the time of an import
     for count, module in enumerate(NEEDED, start=1):
         import_module(module)
-        if not server.work({CHECK} if count >= _FOR_CHECKS else set(), 0.0):
+        if not server.work({CHECK} if count >= len(_FOR_CHECKS) else set(), 0.0):
             return
     gc.freeze()  # what is not looked at stays shared with the forks
     while server.work({CHECK, WORKER}, None):

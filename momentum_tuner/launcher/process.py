@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from momentum_tuner.errors import MomentumTunerError, describe_failure, redact
-from momentum_tuner.fork_server import NEEDED
+from momentum_tuner.fork_server import CHECK, NEEDED, WORKER
 from momentum_tuner.leaving import leave
 
 _LESS = 10
@@ -35,7 +35,7 @@ def main() -> int:
     """
     role = sys.argv[1]
     gc.disable()  # it would look through all that is imported again and again, for a third of the time
-    if role == "worker":
+    if role == WORKER:
         prepare_worker()
     else:
         _prepare_publisher()
@@ -53,7 +53,7 @@ def follow_order(role: str) -> int:
     logging.basicConfig(level=order["log_level"], format="%(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    work = {"worker": _work, "publisher": _publish, "check": _check}[role]
+    work = {WORKER: _work, "publisher": _publish, CHECK: _check}[role]
     code, message = attempt(lambda: work(order))
     if message:
         print(f"Error: {message}", file=sys.stderr)
