@@ -224,9 +224,9 @@ def considering(monkeypatch, tmp_path):
     return make, made, seconds
 
 
-def runners(trainer):
-    """By width, what serves the gradient."""
-    (kind,) = trainer.objective.replay._of("gradient")
+def runners(trainer, name="gradient"):
+    """By width, what serves the gradient or the update."""
+    (kind,) = trainer.objective.replay._of(name)
     return kind.runners
 
 
@@ -238,20 +238,20 @@ def test_compiled_code_is_taken_once_it_repays_and_is_faster(considering, caplog
     list(trainer.train_epoch())
     assert made == [] and trainer.pace.calibration == Calibration({fused(3): 1e-3})
     trainer.consider_compiling(1e9)
-    assert len(made) == 1 and runners(trainer) == {3: made[0]}
+    assert len(made) == 2 and [runners(trainer, name) for name in ("gradient", "update")] == [{3: m} for m in made]
     assert trainer.pace.calibration.seconds == {fused(3): 1e-3, Way(COMPILED, 3, 1): 0.5e-3}
     assert trainer.pace.calibration.compile_seconds > 0
     assert "compiled in 0 s: a step takes 50% of the time it took" in caplog.text
     trainer.release(0)
     list(trainer.train_epoch())
-    assert runners(trainer) == {3: made[0], 2: made[0]}
+    assert [runners(trainer, name) for name in ("gradient", "update")] == [{3: m, 2: m} for m in made]
     trainer.consider_compiling(1e9)
-    assert len(made) == 1
+    assert len(made) == 2
     # Another run knows that the code is kept, and so compiles for less.
     again = make(calibration=trainer.pace.calibration)
     list(again.train_epoch())
     again.consider_compiling(13_000)
-    assert len(made) == 2 and again.pace.calibration.compile_seconds == trainer.pace.calibration.compile_seconds
+    assert len(made) == 4 and again.pace.calibration.compile_seconds == trainer.pace.calibration.compile_seconds
 
 
 def test_compiled_code_that_is_slower_is_given_up(considering):
@@ -260,15 +260,16 @@ def test_compiled_code_that_is_slower_is_given_up(considering):
     trainer = make()
     trainer.consider_compiling(1e9)
     list(trainer.train_epoch())
-    assert len(made) == 1 and made[0] not in runners(trainer).values()
+    assert len(made) == 2 and made[0] not in runners(trainer).values()
+    assert not trainer.objective.replay.is_compiling("update")
     assert trainer.pace.calibration.seconds[Way(COMPILED, 3, 1)] == 1.1e-3
     make(calibration=trainer.pace.calibration).consider_compiling(1e9)
-    assert len(made) == 1
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"compiles": "off"}, 0), ({"compiles": "on"}, 1), ({"mode": "sequential"}, 0), ({"slots": 1}, 0)],
+    [({"compiles": "off"}, 0), ({"compiles": "on"}, 2), ({"mode": "sequential"}, 0), ({"slots": 1}, 0)],
 )
 def test_compiling_is_as_asked_for(considering, options, expected):
     make, made, _ = considering

@@ -26,6 +26,7 @@ from momentum_tuner.trainer import (
     UnfinishedStepError,
     is_out_of_memory,
 )
+from momentum_tuner.trainer import stack as stack_module, update
 from momentum_tuner.trainer.data import LoaderSource, MemorySource
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.stack import Stack
@@ -402,7 +403,7 @@ def test_a_trial_released_in_mid_epoch_leaves_and_its_key_may_come_back_at_once(
     trainer.admit("a", setting("rmsprop", seed=9))
     take(trainer, 1)
     batch = next(b for b in trainer._batches if b.position)
-    assert [s.key for s in batch.slots] == ["c", "b", "d"] and batch._stack.rows.shape[0] == 3
+    assert [s.key for s in batch.slots] == ["c", "b", "d"] and len(batch._stack.rows[0]) == 3
     assert batch._stack.buffers["model.1.running_mean"].shape == (3, 8)
     assert trainer.export("c").tensors["part/table"].shape == (4, 5)
     found = train(trainer, 1)
@@ -624,10 +625,10 @@ class Scarce:
 
 
 POINTS = {
-    "gradient": (Objective, "gradient", lambda one, args: len(args[0])),
-    "norms": (Stack, "gradient_norms", lambda one, args: len(args[0])),
-    "update": (Stack, "make_room", lambda one, args: len(one.rows)),
-    "evaluation": (Objective, "evaluate", lambda one, args: len(args[0])),
+    "gradient": (Objective, "gradient", lambda one, args: len(args[0][0])),
+    "norms": (Stack, "gradient_norms", lambda one, args: len(args[0][0])),
+    "update": (Stack, "make_room", lambda one, args: len(one.rows[0])),
+    "evaluation": (Objective, "evaluate", lambda one, args: len(args[0][0])),
     "stacking": (Stack, "__init__", lambda one, args: len(args[1])),
 }
 SIX = {i: setting(("momentum", "adam", "rmsprop")[i % 3], 0.01, seed=i % 2, weight_decay=1e-3) for i in range(6)}
@@ -682,8 +683,10 @@ def test_half_of_the_slots_go_on_here_and_the_others_elsewhere(point, loader, mo
                 break
     assert len(queue) == 5 and trainer.width == 1 and trainer.free == 0
     (batch,) = trainer._batches
-    tensors = [*batch._stack.buffers.values(), *(m for s in batch._stack.slices for m in s.moments.values())]
-    assert {len(t) for t in [batch._stack.rows, batch._stack.previous, batch._stack.update, *tensors]} == {1}
+    rows = [batch._stack.rows, batch._stack.previous, batch._stack.update]
+    rows += [segments for s in batch._stack.slices for segments in s.moments.values()]
+    tensors = [*batch._stack.buffers.values(), *(segment for segments in rows for segment in segments)]
+    assert {len(t) for t in tensors} == {1}
     other = Trainer(task, epochs=3, slots=6, precision="float64", mode="fused")
     for key, state in queue.items():
         other.admit(key, SIX[key], state)
@@ -749,9 +752,8 @@ def test_a_step_that_breaks_off_in_its_update_is_never_trained_or_exported(monke
     expected = train(filled(make_task(), settings))
     trainer = filled(make_task(), settings)
     take(trainer, 2)
-    real = Stack._take
     with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_take", lambda *args: (real(*args), out_of_memory()))
+        patch.setattr(stack_module, "move", lambda *args: (update.move(*args), out_of_memory()))
         with pytest.raises(UnfinishedStepError, match="CUDA out of memory"):
             list(trainer.train_epoch())
     assert trainer.failed == ["a", "b"]
@@ -768,7 +770,7 @@ def test_no_width_is_chosen_for_which_memory_did_not_suffice_when_measuring(monk
     real = Objective.gradient
 
     def gradient(self, rows, *args, **kwargs):
-        if len(rows) > 20:
+        if len(rows[0]) > 20:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         return real(self, rows, *args, **kwargs)
 

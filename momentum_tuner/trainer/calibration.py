@@ -16,6 +16,7 @@ from momentum_tuner.trainer.memory import free_memory, is_out_of_memory
 from momentum_tuner.trainer.objective import GRADIENT, Objective
 from momentum_tuner.trainer.stack import Stack
 from momentum_tuner.trainer.state import TrialSettings, new_state
+from momentum_tuner.trainer.update import UPDATE
 
 SEQUENTIAL, FUSED, COMPILED = "sequential", "fused", "compiled"
 MODES = (SEQUENTIAL, FUSED, COMPILED)
@@ -187,7 +188,7 @@ class Stopwatch:
             torch.set_num_threads(way.threads)
         try:
             if way.mode == COMPILED:
-                with replay.compiling(GRADIENT):
+                with replay.compiling(GRADIENT, UPDATE):
                     return self._timed(way.width, fused=True)
             if way.mode == FUSED:
                 return self._timed(way.width, fused=True)
@@ -212,8 +213,7 @@ class Stopwatch:
         def step() -> float:
             started = clock()
             grads, loss, stack.buffers = stack.gradient(self._batch, keys, None, fused)
-            stack.gradient_norms(grads)
-            stack.apply(grads, rate, None, count, active)
+            stack.step(grads, None, rate, None, count, active)
             loss.cpu()  # waits for the device
             return clock() - started
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from momentum_tuner.metrics import DIVERGENCE_FACTOR, StepTable, divergence_limit
-from momentum_tuner.optim import Schedule, clip_scale
+from momentum_tuner.optim import Schedule
 from momentum_tuner.trainer.data import Batch, Source
 from momentum_tuner.trainer.dropout import step_keys
 from momentum_tuner.trainer.memory import UnfinishedStepError
@@ -54,9 +54,8 @@ class Epoch:
         self.done = len(parts[0]["part/table"]) if parts else 0
         self._orders = [(slot.settings.seed, slot.epoch + 1) for slot in slots]
         self._batches: Iterator[Batch] | None = None
-        self._torn = False
-        rows, dtype = stack.rows, stack.rows.dtype
-        wide = table_dtype(dtype)
+        rows = stack.rows[0]  # as which all else is
+        wide = table_dtype(rows.dtype)
 
         # Of every step to come, `[steps, slots]`
         at = np.array([slot.step for slot in slots])[None, :] + np.arange(source.steps)[:, None]
@@ -72,7 +71,7 @@ class Epoch:
         clip = [slot.settings.value("clip_norm") for slot in slots]
         self._max_norm = stack.column(clip) if any(c != float("inf") for c in clip) else None
         self._new = torch.tensor([slot.initial_loss is None for slot in slots], device=rows.device)
-        self._largest = torch.finfo(dtype).max
+        self._largest = torch.finfo(rows.dtype).max
 
         # What moves on from step to step
         if parts:
@@ -89,7 +88,7 @@ class Epoch:
     @property
     def sound(self) -> bool:
         """Whether the slots are at the end of a whole step."""
-        return not self._torn
+        return not self.stack.torn
 
     def run(self, pause: Callable[[], bool]) -> bool:
         """Take the steps that are left; False if `pause`, asked before each of them and at the end, said to stop."""
@@ -107,7 +106,7 @@ class Epoch:
         Raises:
             UnfinishedStepError: one did.
         """
-        if self._torn:
+        if self.stack.torn:
             raise UnfinishedStepError("an optimizer step broke off in the middle; its trials cannot go on")
 
     def reset_data(self) -> None:
@@ -144,15 +143,11 @@ class Epoch:
             limit = torch.where(self._new, (loss + margin).clamp(max=self._largest).to(limit.dtype), limit)
         active = self._active & loss.isfinite() & (loss <= limit)
         taken = self._taken + active
-        norm, ratio = stack.gradient_norms(grads)
-        if self._max_norm is not None:
-            grads = grads * clip_scale(norm, self._max_norm)[:, None]
-        stack.make_room()
-        self._torn = True
-        update_norm, update_dot = stack.apply(grads, self._rates[now], cycle, self._counts[now], active)
+        rate, count = self._rates[now], self._counts[now]
+        norm, ratio, update_norm, update_dot = stack.step(grads, self._max_norm, rate, cycle, count, active)
         measures = torch.stack((loss.to(norm.dtype), norm, ratio, update_norm, update_dot))
         self._table.append(measures.to(taken.dtype)[None])
         stack.buffers = buffers
         self._limit, self._active, self._taken = limit, active, taken
         self.done = now + 1
-        self._torn = False
+        stack.torn = False

@@ -1,8 +1,9 @@
-"""A model's parameters as one flat row, and its buffers by name."""
+"""A model's parameters as one flat row or in segments, and its buffers by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,21 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from momentum_tuner.errors import TaskError
 
+ALONE = 1024
+"""Elements from which a parameter has a segment of its own; smaller ones share one with their neighbours, as each
+segment costs an update some calls."""
+
+Rows = tuple[Tensor, ...]
+"""Rows `[parameters]` of slots, cut into segments: `[slots, segment's size]` each, contiguous.
+
+So the weights of all slots lie side by side, as a library multiplies them without copying them first, and what a
+product gives as their gradient need not be copied into a row.
+"""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each trainable parameter lies in a row of the flat `[slots, parameters]` tensor.
+    """Where each trainable parameter lies in a row `[parameters]`.
 
     Attributes:
         names: parameter names as `named_parameters` gives them (shared ones once).
@@ -56,9 +68,28 @@ class Layout:
         """Number of trainable scalars, the length of a row."""
         return sum(self.sizes)
 
-    def views(self, row: Tensor) -> dict[str, Tensor]:
-        """The parameters by name as views of a row `[parameters]`."""
-        pieces = torch.split(row, list(self.sizes))
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the parameters in each segment; the segments follow each other in a row."""
+        found: list[list[int]] = []
+        for size in self.sizes:
+            if found and max(size, *found[-1]) < ALONE:
+                found[-1].append(size)
+            else:
+                found.append([size])
+        return tuple(map(tuple, found))
+
+    def split(self, rows: Tensor) -> Rows:
+        """Segments of one or more rows `[..., parameters]`, as views."""
+        return torch.split(rows, [sum(sizes) for sizes in self.segments], dim=-1)
+
+    def stack(self, rows: Sequence[Tensor]) -> Rows:
+        """The rows `[parameters]` of several slots in segments, copied."""
+        return tuple(segment.contiguous() for segment in self.split(torch.stack(list(rows))))
+
+    def views(self, segments: Rows) -> dict[str, Tensor]:
+        """The parameters of one slot by name as views of its segments `[segment's size]`."""
+        pieces = (p for segment, sizes in zip(segments, self.segments, strict=True) for p in segment.split(sizes))
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, model: nn.Module) -> Tensor:
@@ -75,7 +106,8 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         tensors: those of the slot's `SlotState`: `parameters` `[parameters]`, and `buffer/model.<name>`.
     """
     prefix = "buffer/model."  # a trainer's model is a part of the module that computes its loss
-    values = Layout.of(model).views(tensors["parameters"])
+    layout = Layout.of(model)
+    values = layout.views(layout.split(tensors["parameters"]))
     values |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith("buffer/")}
     unknown = model.load_state_dict(values, strict=False).unexpected_keys
     if unknown:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
-from momentum_tuner.trainer.layout import Layout, differing, running_statistics, state_beside_parameters
+from momentum_tuner.trainer.layout import Layout, Rows, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.products import fast_products, rounding
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
@@ -106,16 +106,16 @@ class Objective:
 
     def gradient(
         self,
-        rows: Tensor,
+        rows: Rows,
         buffers: dict[str, Tensor],
         batch: Batch,
         keys: Tensor | None,
         fused: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient `[slots, parameters]` and loss `[slots]` at `rows`; buffers `[slots, ...]` are updated in place.
+    ) -> tuple[Rows, Tensor]:
+        """Gradient and loss `[slots]` at `rows`; buffers `[slots, ...]` are updated in place.
 
         Args:
-            rows: `[slots, parameters]`.
+            rows: the parameters.
             buffers: the slots' own buffers by name.
             batch: one minibatch for all slots, or one each.
             keys: `[slots]` int64, what the slots' random numbers follow from, or None if the model draws none.
@@ -126,17 +126,18 @@ class Objective:
                 return self._gradient_one_by_one(rows, buffers, batch, keys)
         arguments = (rows, True), (buffers, True), (batch.tensors, not batch.shared), (keys, True)
         with torch.no_grad(), fast_products(self.device, self.layout.dtype), rounding(self.device, self.precision):
-            grads, loss, *after = self.replay.call(GRADIENT, partial(self._fused_gradient, batch.shared), *arguments)
+            found = self.replay.call(GRADIENT, partial(self._fused_gradient, batch.shared), *arguments)
+        grads, (loss, *after) = tuple(found[: len(rows)]), found[len(rows) :]
         for name, value in zip(buffers, after, strict=True):
             if value is not buffers[name]:
                 buffers[name].copy_(value)
         return grads, loss
 
-    def evaluate(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int = 0) -> Tensor:
+    def evaluate(self, rows: Rows, buffers: dict[str, Tensor], data: Batch, part: int = 0) -> Tensor:
         """Loss and metrics `[slots, 1 + metrics]` at `rows` on one batch that all slots share, in eval mode.
 
         Args:
-            rows: `[slots, parameters]`.
+            rows: the parameters.
             buffers: the slots' own buffers by name; left unchanged.
             data: the batch.
             part: its number in the validation set; a model that draws random numbers draws the same ones for it
@@ -164,7 +165,7 @@ class Objective:
         self.wrapper.calm()
 
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return self._call(row, own, data.tensors, None, smooth=True)[0]
+            return self._call(self.layout.split(row), own, data.tensors, None, smooth=True)[0]
 
         def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
             # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
@@ -216,20 +217,20 @@ class Objective:
         after = {name: value.clone() for name, value in first.buffers.items()}
         self.wrapper.train()
         with RandomStream(0), torch.enable_grad():
-            _, after = self._call(first.row, after, slice_slot(probe, 0), None)
+            _, after = self._call(self.layout.split(first.row), after, slice_slot(probe, 0), None)
         varying |= differing(first.buffers, after) | running_statistics(self.wrapper)
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
         self,
-        row: Tensor,
+        row: Rows,
         buffers: dict[str, Tensor],
         batch: Any,
         key: Tensor | None,
         lowered: bool = False,
         smooth: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The wrapper's output, and the buffers as the forward pass left them.
+        """The wrapper's output for the parameters of one slot, and the buffers as the forward pass left them.
 
         `lowered` is for vmap. `smooth` has torch's own operations, all of which can be differentiated twice, and no
         autocast.
@@ -253,58 +254,61 @@ class Objective:
         return out, {name: state[name] for name in buffers}
 
     def _loss(
-        self, row: Tensor, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
+        self, row: Rows, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         loss, after = self._call(row, buffers, batch, key, lowered=True)
         return loss, (loss, after)
 
     def _fused_gradient(
-        self, shared: bool, rows: Tensor, buffers: dict[str, Tensor], batch: Any, keys: Tensor | None
+        self, shared: bool, rows: Rows, buffers: dict[str, Tensor], batch: Any, keys: Tensor | None
     ) -> list[Tensor]:
-        """Gradients `[slots, parameters]`, losses `[slots]`, and the buffers after the forward pass."""
+        """The gradient's segments, losses `[slots]`, and the buffers after the forward pass."""
         self.wrapper.train()
         batched = None if shared else tree_map(lambda t: 0 if isinstance(t, Tensor) else None, batch)
         in_dims = (0, 0, batched, None if keys is None else 0)
         per_slot = grad_and_value(self._loss, has_aux=True)
         grads, (_, (loss, after)) = vmap(per_slot, in_dims=in_dims, randomness="error")(rows, buffers, batch, keys)
-        return [grads, loss, *after.values()]
+        return [*grads, loss, *after.values()]
 
     def _gradient_one_by_one(
-        self, rows: Tensor, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, rows: Rows, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
+    ) -> tuple[Rows, Tensor]:
         self.wrapper.train()
-        grads = torch.empty_like(rows)
-        losses = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-        seeds = [0] * len(rows) if keys is None else keys.tolist()
+        grads = tuple(torch.empty_like(segment) for segment in rows)
+        losses = rows[0].new_empty(len(rows[0]))
+        seeds = [0] * len(losses) if keys is None else keys.tolist()
         with RandomStream(0) as stream, torch.enable_grad():
             for slot, seed in enumerate(seeds):
                 stream.reseed(seed)
-                row = rows[slot].detach().requires_grad_()
+                row = tuple(segment[slot].detach().requires_grad_() for segment in rows)
                 own = {name: value[slot] for name, value in buffers.items()}
                 loss, after = self._call(row, own, slice_slot(batch, slot), None if keys is None else keys[slot])
-                (grads[slot],) = torch.autograd.grad(loss, row)
+                found = torch.autograd.grad(loss, row, materialize_grads=True)
+                for segment, gradient in zip(grads, found, strict=True):
+                    segment[slot] = gradient
                 losses[slot] = loss.detach()
                 for name, value in after.items():
                     buffers[name][slot].copy_(value.detach())
         return grads, losses
 
-    def _fused_evaluation(self, rows: Tensor, buffers: dict[str, Tensor], data: Any) -> list[Tensor]:
+    def _fused_evaluation(self, rows: Rows, buffers: dict[str, Tensor], data: Any) -> list[Tensor]:
         self.wrapper.eval()
 
-        def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
+        def one(row: Rows, own: dict[str, Tensor]) -> Tensor:
             return self._call(row, own, data, None, lowered=True)[0]
 
         return [vmap(one, randomness="error")(rows, buffers)]
 
     @torch.no_grad()
-    def _evaluate_one_by_one(self, rows: Tensor, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
+    def _evaluate_one_by_one(self, rows: Rows, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
         self.wrapper.eval()
         found = []
         with RandomStream(0) as stream:
-            for slot in range(len(rows)):
+            for slot in range(len(rows[0])):
                 stream.reseed(mix_seed(part))
+                row = tuple(segment[slot] for segment in rows)
                 own = {name: value[slot].clone() for name, value in buffers.items()}
-                found.append(self._call(rows[slot], own, data.tensors, None)[0])
+                found.append(self._call(row, own, data.tensors, None)[0])
         return torch.stack(found)
 
     @contextmanager
@@ -325,7 +329,7 @@ class Objective:
     def _why_not_fused(self, probe: Batch) -> str | None:
         """None if vmap batches the model well and rightly, else the reason in one line."""
         starts = [self.start(seed) for seed in (0, 1)]
-        rows = torch.stack([s.row for s in starts])
+        rows = self.layout.stack([s.row for s in starts])
         keys = torch.arange(2, dtype=torch.int64, device=self.device) if self.draws else None
 
         def buffers() -> dict[str, Tensor]:
@@ -335,7 +339,7 @@ class Objective:
             with RandomStream(0), vmap_warnings() as slow:
                 data = next(iter(self.validation)).batch
                 before = random.getstate(), str(np.random.get_state())
-                fused, losses, *_ = self._fused_gradient(True, rows, buffers(), probe.tensors, keys)
+                found = self._fused_gradient(True, rows, buffers(), probe.tensors, keys)
                 with torch.no_grad():
                     (evaluated,) = self._fused_evaluation(rows, buffers(), data.tensors)
                 if before != (random.getstate(), str(np.random.get_state())):
@@ -345,10 +349,11 @@ class Objective:
             return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
         if slow:
             return slow[0]
+        fused, losses = torch.cat(found[: len(rows)], dim=1), found[len(rows)]
         solo, solo_losses = self._gradient_one_by_one(rows, buffers(), probe, keys)
         solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
         for what, ours, theirs in (
-            ("gradient", fused, solo),
+            ("gradient", fused, torch.cat(solo, dim=1)),
             ("loss", losses, solo_losses),
             ("validation loss", evaluated[:, 0], solo_evaluated[:, 0]),
         ):

@@ -21,6 +21,7 @@ from momentum_tuner.trainer.calibration import (
 from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.memory import first_line
 from momentum_tuner.trainer.objective import GRADIENT, Objective
+from momentum_tuner.trainer.update import UPDATE
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Pace:
         self.considers = compiles == "auto"
         """Whether `consider_compiling` may still do something."""
         if compiles == "on":
-            objective.replay.compiles = frozenset({GRADIENT})
+            objective.replay.compiles = frozenset({GRADIENT, UPDATE})
             objective.replay.patience = 0
 
     def choose(self, most: int) -> int:
@@ -94,7 +95,9 @@ class Pace:
             return
         before = self.calibration.seconds[way]
         self.calibration = self.calibration.having(replace(way, mode=COMPILED), seconds, None if kept else took)
-        if seconds >= before:
+        if seconds < before:
+            replay.compiles |= {UPDATE}  # of each rule when it comes to it, which takes a few seconds
+        else:
             replay.forget_compiled()
         logger.info("compiled in %.0f s: a step takes %.0f%% of the time it took", took, 100.0 * seconds / before)
 

@@ -40,6 +40,21 @@ class _Kind:
     """What serves each width that has been seen, once its results were compared."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """A function that `Replay` has been told of."""
+
+    replay: Replay
+    name: str
+    kind: _Kind
+    function: Runner
+    stacked: Sequence[bool]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What it returns for tensors like those of its example, of any number of slots."""
+        return self.replay.run(self, tensors)
+
+
 class Replay:
     """Calls functions of stacked tensors, from their graphs where those give the same.
 
@@ -69,9 +84,6 @@ class Replay:
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in at]
         rows = [stacked[i] for i in at]
-        shapes = tuple(
-            (t.shape[1:] if has_rows else t.shape, t.dtype) for t, has_rows in zip(tensors, rows, strict=True)
-        )
         others = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
 
         def call(*tensors: Tensor) -> list[Tensor]:
@@ -80,24 +92,51 @@ class Replay:
                 filled[i] = tensor
             return function(*tree_unflatten(filled, structure))
 
+        return self.prepare(name, call, tensors, rows, others)(tensors)
+
+    def prepare(
+        self, name: str, function: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool], variant: Hashable = ()
+    ) -> Call:
+        """A function that will be called with such tensors again and again, or once.
+
+        Args:
+            name: of the function.
+            function: of tensors; only they may change from call to call.
+            tensors: an example; the first has one row per slot.
+            stacked: which of them have one row per slot.
+            variant: what else tells the functions of this name apart.
+        """
+        shapes = tuple(
+            (t.shape[1:] if has_rows else t.shape, t.dtype) for t, has_rows in zip(tensors, stacked, strict=True)
+        )
         try:
-            kind = self._kinds.setdefault((name, shapes, tuple(rows), others), _Kind())
+            kind = self._kinds.setdefault((name, shapes, tuple(stacked), variant), _Kind())
         except TypeError:  # a value that cannot be hashed
-            return call(*tensors)
+            kind = _Kind(refused=True)
+        return Call(self, name, kind, function, stacked)
+
+    def run(self, call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a prepared function returns for these tensors."""
+        kind = call.kind
         kind.calls += 1
         runner = kind.runners.get(len(tensors[0]))
         if runner is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
             return runner(*tensors)
         if kind.refused or kind.calls <= self.patience:
-            return call(*tensors)
-        return self._begin(name, kind, call, tensors, rows)
+            return call.function(*tensors)
+        return self._begin(call.name, kind, call.function, tensors, call.stacked)
+
+    def is_compiling(self, name: str) -> bool:
+        """Whether a function of this name is to be compiled, and may be."""
+        return name in self.compiles and not self.failed
 
     @contextmanager
-    def compiling(self, name: str) -> Iterator[None]:
-        """Compile what is called meanwhile of a function."""
-        before, self.compiles = self.compiles, self.compiles | {name}
-        for kind in self._of(name):
-            kind.runners.clear()
+    def compiling(self, *names: str) -> Iterator[None]:
+        """Compile what is called meanwhile of some functions."""
+        before, self.compiles = self.compiles, self.compiles | set(names)
+        for name in names:
+            for kind in self._of(name):
+                kind.runners.clear()
         try:
             yield
         finally:

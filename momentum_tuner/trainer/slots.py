@@ -16,6 +16,7 @@ from momentum_tuner.metrics import EpochRecord, SpikeState, StepTable, count_spi
 from momentum_tuner.optim import Schedule
 from momentum_tuner.trainer.data import Source
 from momentum_tuner.trainer.epoch import Epoch
+from momentum_tuner.trainer.layout import Rows
 from momentum_tuner.trainer.memory import UnfinishedStepError, first_line
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.stack import Stack, by_rule
@@ -74,7 +75,7 @@ class SlotBatch:
 
         Slots of one update rule are kept side by side. Nothing has changed if it fails.
         """
-        stay = [(slot, self._state(i)) for i, slot in enumerate(self.slots) if slot not in leave]
+        stay = [member for member in self.members() if member[0] not in leave]
         members = sorted([*stay, *enter], key=lambda member: by_rule(member[0].settings))
         slots = [slot for slot, _ in members]
         tensors = [state.tensors for _, state in members]
@@ -85,12 +86,13 @@ class SlotBatch:
         self.slots, self._stack, self._epoch = slots, stack, epoch
 
     def members(self) -> list[Member]:
-        """The slots with their states, as views of the batch."""
-        return [(slot, self._state(i)) for i, slot in enumerate(self.slots)]
+        """The slots with their states."""
+        return list(zip(self.slots, self._states(slice(None)), strict=True))
 
     def state(self, slot: Slot) -> SlotState:
-        """One slot's state, as views of the batch."""
-        return self._state(self.slots.index(slot))
+        """One slot's state."""
+        at = self.slots.index(slot)
+        return self._states(slice(at, at + 1))[0]
 
     def train(self, pause: Callable[[], bool]) -> list[tuple[Slot, EpochRecord]] | None:
         """Train every slot to the end of its epoch, evaluate it, and derive its record.
@@ -138,16 +140,20 @@ class SlotBatch:
         assert self._stack is not None
         return evaluate(self.objective, self._stack.rows, self._stack.buffers, self.optimum)
 
-    def _state(self, index: int) -> SlotState:
-        """One slot's state as views of the batch."""
-        assert self._stack is not None
-        slot = self.slots[index]
-        tensors = self._stack.tensors(index)
+    def _states(self, which: slice) -> list[SlotState]:
+        """The states of some slots; they may share memory with the batch."""
+        if self._stack is None:
+            return []
+        tensors = self._stack.tensors(which)
         if self._epoch is not None:
             self._epoch.check_sound()
             if self._epoch.done:
-                tensors |= self._epoch.part(index)
-        return SlotState(tensors, slot.epoch, slot.step, slot.initial_loss, slot.spikes, self.position, slot.seconds)
+                for index, found in zip(range(len(self.slots))[which], tensors, strict=True):
+                    found |= self._epoch.part(index)
+        return [
+            SlotState(t, slot.epoch, slot.step, slot.initial_loss, slot.spikes, self.position, slot.seconds)
+            for slot, t in zip(self.slots[which], tensors, strict=True)
+        ]
 
     def _record(
         self,
@@ -190,7 +196,7 @@ def on_cpu(state: SlotState) -> SlotState:
 
 
 def evaluate(
-    objective: Objective, rows: Tensor, buffers: dict[str, Tensor], optimum: Tensor | None
+    objective: Objective, rows: Rows, buffers: dict[str, Tensor], optimum: Tensor | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Validation loss and metrics `[slots, 1 + metrics]`, and distance to the optimum `[slots]` (NaN if unknown)."""
     total: Tensor | None = None
@@ -202,9 +208,9 @@ def evaluate(
     assert total is not None
     mean = total / weights
     if optimum is None:
-        distance = torch.full((len(rows), 1), torch.nan, dtype=torch.float64, device=rows.device)
+        distance = torch.full((len(mean), 1), torch.nan, dtype=torch.float64, device=mean.device)
     else:
-        distance = torch.linalg.vector_norm((rows - optimum).to(torch.float64), dim=1, keepdim=True)
+        distance = torch.linalg.vector_norm((torch.cat(rows, dim=1) - optimum).double(), dim=1, keepdim=True)
     both = torch.cat([mean, distance], dim=1).cpu().numpy()
     return both[:, :-1], both[:, -1]
 

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from momentum_tuner.optim import OPTIONAL_HYPERPARAMETERS, RULES, Rule, lookahead_point
 from momentum_tuner.trainer.data import Batch
+from momentum_tuner.trainer.layout import Rows
 from momentum_tuner.trainer.objective import Objective
+from momentum_tuner.trainer.replay import Call
 from momentum_tuner.trainer.state import TrialSettings
+from momentum_tuner.trainer.update import UPDATE, WholeStep, clipped, gradient_norms, move
 
 _ROOM = 1 << 16
 """Bytes that hold all the `[slots]` tensors of an update; less than what allocators give back at once."""
+
+Measures = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of a step, `[slots]` each: the gradient's global L2 norm; the largest over the smallest non-zero RMS of its parameter
+tensors; the update's L2 norm; the update's dot product with the one before."""
 
 
 def by_rule(settings: TrialSettings) -> int:
@@ -29,8 +36,9 @@ class Slice:
     rule: Rule
     start: int
     stop: int
-    moments: dict[str, Tensor]  # [stop - start, parameters] each
+    moments: dict[str, Rows]
     hyper: dict[str, Tensor]  # [stop - start] each
+    call: Call | None = None  # the compiled step, once one was taken
 
     @property
     def rows(self) -> slice:
@@ -40,6 +48,9 @@ class Slice:
 
 class Stack:
     """Parameters, moments and buffers of slots, one row per slot.
+
+    Attributes:
+        torn: whether an update has begun and not ended; what began it says when it has.
 
     Args:
         objective: gradient of the task.
@@ -51,9 +62,11 @@ class Stack:
         self, objective: Objective, settings: Sequence[TrialSettings], states: Sequence[Mapping[str, Tensor]]
     ) -> None:
         self.objective = objective
-        self.rows = torch.stack([s["parameters"] for s in states])
-        self.previous = torch.stack([s["previous_update"] for s in states])
-        self.update = torch.empty_like(self.rows)
+        layout = objective.layout
+        self.rows = layout.stack([s["parameters"] for s in states])
+        self.previous = layout.stack([s["previous_update"] for s in states])
+        self.update = tuple(torch.empty_like(segment) for segment in self.rows)
+        self.torn = False
         prefix = "buffer/"
         self.buffers = {
             name.removeprefix(prefix): torch.stack([s[name] for s in states])
@@ -67,29 +80,44 @@ class Stack:
             stop = start
             while stop < len(states) and settings[stop].rule is rule:
                 stop += 1
-            moments = {m: torch.stack([s[f"moment/{m}"] for s in states[start:stop]]) for m in rule.moments}
+            moments = {m: layout.stack([s[f"moment/{m}"] for s in states[start:stop]]) for m in rule.moments}
             self.slices.append(Slice(rule, start, stop, moments, self._constants(rule, settings[start:stop])))
             start = stop
-        self._roots = self.column([size**0.5 for size in objective.layout.sizes])  # of the parameter tensors' sizes
+        self._zero = self.column([0.0] * len(states))
+        self._roots = self.column([size**0.5 for size in layout.sizes])  # of the parameter tensors' sizes
         self._looking_ahead = [s for s in self.slices if s.rule.lookahead]
         self._room = max([_ROOM, *(self._room_for(s) for s in self.slices)])
 
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """One slot's tensors by their names in a state, as views."""
-        piece = next(s for s in self.slices if s.start <= index < s.stop)
-        tensors = {"parameters": self.rows[index], "previous_update": self.previous[index]}
-        tensors |= {f"moment/{name}": m[index - piece.start] for name, m in piece.moments.items()}
-        tensors |= {f"buffer/{name}": b[index] for name, b in self.buffers.items()}
-        return tensors
+    def tensors(self, which: slice = slice(None)) -> list[dict[str, Tensor]]:
+        """The tensors of some slots by their names in a state."""
+
+        def flat(rows: Rows, which: slice) -> Tensor:
+            return torch.cat([segment[which] for segment in rows], dim=1)
+
+        parameters, previous = flat(self.rows, which), flat(self.previous, which)
+        found = [
+            {"parameters": one, "previous_update": before} for one, before in zip(parameters, previous, strict=True)
+        ]
+        chosen = range(len(self.rows[0]))[which]
+        for piece in self.slices:
+            inside = [(i, slot) for i, slot in enumerate(chosen) if piece.start <= slot < piece.stop]
+            if inside:
+                rows = slice(inside[0][1] - piece.start, inside[-1][1] - piece.start + 1)
+                moments = {f"moment/{name}": flat(m, rows) for name, m in piece.moments.items()}
+                for row, (i, _) in enumerate(inside):
+                    found[i] |= {name: m[row] for name, m in moments.items()}
+        for i, slot in enumerate(chosen):
+            found[i] |= {f"buffer/{name}": b[slot] for name, b in self.buffers.items()}
+        return found
 
     def column(self, values: Sequence[float]) -> Tensor:
         """One value per slot, as the rows are."""
-        return torch.tensor(values, dtype=self.rows.dtype, device=self.rows.device)
+        return torch.tensor(values, dtype=self.rows[0].dtype, device=self.rows[0].device)
 
     def gradient(
         self, batch: Batch, keys: Tensor | None, cycle: Tensor | None, fused: bool | None = None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Gradient `[slots, parameters]`, loss `[slots]` and the buffers after the forward pass; changes nothing.
+    ) -> tuple[Rows, Tensor, dict[str, Tensor]]:
+        """Gradient, loss `[slots]` and the buffers after the forward pass; changes nothing.
 
         Args:
             batch: one minibatch for all slots, or one each.
@@ -103,45 +131,93 @@ class Stack:
         grads, loss = self.objective.gradient(point, buffers, batch, keys, fused)
         return grads, loss, buffers
 
-    def gradient_norms(self, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Global gradient norm `[slots]`, and largest over smallest non-zero per-tensor RMS `[slots]`."""
-        sizes = self.objective.layout.sizes
-        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in torch.split(grads, list(sizes), dim=1)])
-        total = torch.linalg.vector_norm(norms, dim=0)
-        if len(sizes) == 1:
-            return total, torch.ones_like(total)
-        rms = norms / self._roots[:, None]
-        smallest = torch.where(rms > 0, rms, torch.inf).amin(0)
-        return total, rms.amax(0) / smallest
-
-    def make_room(self) -> None:
-        """See that memory suffices for `apply`, which cannot stop halfway: what is freed here is there for it."""
-        torch.empty(self._room, dtype=torch.uint8, device=self.rows.device)
-
-    def apply(
-        self, grads: Tensor, rate: Tensor, cycle: Tensor | None, count: Tensor, active: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        grads: Rows,
+        max_norm: Tensor | None,
+        rate: Tensor,
+        cycle: Tensor | None,
+        count: Tensor,
+        active: Tensor,
+    ) -> Measures:
         """Move the slots by one update, in place.
 
+        An error before anything has changed leaves `torn` False; otherwise it is True from then on, after the step as
+        well, until the caller sets it back.
+
         Args:
-            grads: `[slots, parameters]`.
+            grads: the gradient, which is left as it is.
+            max_norm: `[slots]`, the norm above which the gradient is clipped, or None.
             rate: `[slots]`, learning rates.
             cycle: `[slots]`, the factor of momentum, or None.
             count: `[slots]`, the number of this step in its trial, from 1.
             active: `[slots]`; the others stay where they are.
-
-        Returns:
-            The update's L2 norm `[slots]` and its dot product with the update before `[slots]`.
         """
-        update = self._take(grads, rate, cycle, count)
-        on_cpu = self.rows.device.type == "cpu"
-        if not on_cpu or not bool(active.all()):  # asking costs nothing where no transfer is needed
-            update.masked_fill_(~active[:, None], 0.0)
-        self.rows += update
-        norm = torch.linalg.vector_norm(update, dim=1)
-        dot = torch.mul(update, self.previous, out=self.previous).sum(1)
-        self.update, self.previous = self.previous, update
-        return norm, dot
+        if self.objective.replay.is_compiling(UPDATE):
+            return self._compiled_step(grads, max_norm, rate, cycle, count, active)
+        norm, ratio = self.gradient_norms(grads)
+        if max_norm is not None:
+            grads = clipped(grads, norm, max_norm)
+        self.make_room()
+        self.torn = True
+        for piece in self.slices:
+            hyper, rows = self._hyper(piece, rate, cycle), piece.rows
+            for i, (params, gradient, out) in enumerate(zip(self.rows, grads, self.update, strict=True)):
+                moments = {name: segments[i] for name, segments in piece.moments.items()}
+                piece.rule.update(params[rows], gradient[rows], moments, hyper, count[rows], out[rows])
+        on_cpu = active.device.type == "cpu"  # where asking costs nothing, as no transfer is needed
+        mask = None if on_cpu and bool(active.all()) else ~active[:, None]
+        update_norm, update_dot = move(self.rows, self.update, self.previous, mask)
+        self.update, self.previous = self.previous, self.update
+        return norm, ratio, update_norm, update_dot
+
+    def gradient_norms(self, grads: Rows) -> tuple[Tensor, Tensor]:
+        """The first two of a step's measures."""
+        return gradient_norms(self.objective.layout, grads, self._roots)
+
+    def make_room(self) -> None:
+        """See that memory suffices for an update, which cannot stop halfway: what is freed here is there for it."""
+        torch.empty(self._room, dtype=torch.uint8, device=self.rows[0].device)
+
+    def _compiled_step(
+        self,
+        grads: Rows,
+        max_norm: Tensor | None,
+        rate: Tensor,
+        cycle: Tensor | None,
+        count: Tensor,
+        active: Tensor,
+    ) -> Measures:
+        """As `step`, compiled: all of it in one pass over memory."""
+        self.make_room()
+        self.torn = True
+        found = []
+        for piece in self.slices:
+            stacks = (self.rows, self.update, self.previous, grads)
+            tensors = [segment[piece.rows] for segments in stacks for segment in segments]
+            tensors += [segment for name in piece.rule.moments for segment in piece.moments[name]]
+            tensors += [column[piece.rows] for column in (count, active, max_norm) if column is not None]
+            hyper = self._hyper(piece, rate, cycle)
+            # Those left out cost nothing here, and so there is one graph for all.
+            tensors += [hyper.get(name, self._zero[piece.rows]) for name in piece.rule.hyperparameters]
+            tensors.append(self._roots)
+            if piece.call is None:
+                function = WholeStep(self.objective.layout, piece.rule, max_norm is not None)
+                stacked = [True] * (len(tensors) - 1) + [False]
+                piece.call = self.objective.replay.prepare(UPDATE, function, tensors, stacked, (function,))
+            found.append(piece.call(tensors))
+        self.update, self.previous = self.previous, self.update
+        norm, ratio, update_norm, update_dot = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        return norm, ratio, update_norm, update_dot
+
+    def _hyper(self, piece: Slice, rate: Tensor, cycle: Tensor | None) -> dict[str, Tensor]:
+        """A rule's hyperparameters in this step."""
+        hyper = dict(piece.hyper, learning_rate=rate[piece.rows])
+        if cycle is not None:
+            for name in ("momentum", "beta1"):
+                if name in hyper:
+                    hyper[name] = hyper[name] * cycle[piece.rows]
+        return hyper
 
     def _constants(self, rule: Rule, settings: Sequence[TrialSettings]) -> dict[str, Tensor]:
         """Hyperparameters of a rule's slots, `[slots]` each; optional ones that all slots leave at 0 are left out."""
@@ -155,32 +231,15 @@ class Stack:
     def _room_for(self, piece: Slice) -> int:
         """Bytes that a rule's update may take besides `[slots]` tensors: RMSprop's decayed gradient."""
         decayed = piece.rule.name == "rmsprop" and "weight_decay" in piece.hyper
-        return self.rows[piece.rows].nbytes if decayed else 0
+        return max(segment[piece.rows].nbytes for segment in self.rows) if decayed else 0
 
-    def _ahead(self, cycle: Tensor | None) -> Tensor:
+    def _ahead(self, cycle: Tensor | None) -> Rows:
         """The rows, with those of look-ahead rules moved to where their gradient is taken."""
-        point = self.rows.clone()
+        point = tuple(segment.clone() for segment in self.rows)
         for piece in self._looking_ahead:
             momentum = piece.hyper["momentum"]
             if cycle is not None:
                 momentum = momentum * cycle[piece.rows]
-            point[piece.rows] = lookahead_point(self.rows[piece.rows], piece.moments["velocity"], momentum)
+            for to, segment, velocity in zip(point, self.rows, piece.moments["velocity"], strict=True):
+                lookahead_point(segment[piece.rows], velocity, momentum, out=to[piece.rows])
         return point
-
-    def _take(self, grads: Tensor, rate: Tensor, cycle: Tensor | None, count: Tensor) -> Tensor:
-        """Let each rule write its slots' updates; returns `[slots, parameters]`."""
-        for piece in self.slices:
-            hyper = dict(piece.hyper, learning_rate=rate[piece.rows])
-            if cycle is not None:
-                for name in ("momentum", "beta1"):
-                    if name in hyper:
-                        hyper[name] = hyper[name] * cycle[piece.rows]
-            piece.rule.update(
-                self.rows[piece.rows],
-                grads[piece.rows],
-                piece.moments,
-                hyper,
-                count[piece.rows],
-                self.update[piece.rows],
-            )
-        return self.update

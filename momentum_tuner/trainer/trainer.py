@@ -270,7 +270,7 @@ class Trainer:
             raise
 
     def _state(self, key: Hashable) -> SlotState:
-        """A slot's state on the device, as views."""
+        """A slot's state on the device, to be read only."""
         slot = self._slots[key]
         for entering, state in self._entering:
             if entering is slot:
@@ -353,7 +353,8 @@ class Trainer:
             buffers = {
                 n.removeprefix(prefix): t[None].clone() for n, t in state.tensors.items() if n.startswith(prefix)
             }
-            evaluated, distance = evaluate(self.objective, state.tensors["parameters"][None], buffers, self._optimum)
+            rows = self.objective.layout.stack([state.tensors["parameters"]])
+            evaluated, distance = evaluate(self.objective, rows, buffers, self._optimum)
             self._starts[known] = state, first_record(self.objective, evaluated[0], float(distance[0]))
             while len(self._starts) > _REMEMBERED_SEEDS:
                 self._starts.popitem(last=False)

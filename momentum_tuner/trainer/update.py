@@ -1,0 +1,100 @@
+"""What an optimizer step does once it has the gradient, as functions of stacked tensors."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from momentum_tuner.optim import Rule, clip_scale
+from momentum_tuner.trainer.layout import Layout, Rows
+
+UPDATE = "update"
+"""A whole optimizer step as `Replay` knows it, where it is compiled."""
+
+
+def gradient_norms(layout: Layout, grads: Rows, roots: Tensor) -> tuple[Tensor, Tensor]:
+    """Global gradient norm `[slots]`, and largest over smallest non-zero per-tensor RMS `[slots]`.
+
+    Args:
+        layout: of the rows.
+        grads: the gradient.
+        roots: `[tensors]`, of the parameter tensors' sizes.
+    """
+    pieces = (p for segment, sizes in zip(grads, layout.segments, strict=True) for p in segment.split(sizes, dim=1))
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1) for piece in pieces])
+    total = torch.linalg.vector_norm(norms, dim=0)
+    if len(norms) == 1:
+        return total, torch.ones_like(total)
+    rms = norms / roots[:, None]
+    smallest = torch.where(rms > 0, rms, torch.inf).amin(0)
+    return total, rms.amax(0) / smallest
+
+
+def move(rows: Rows, update: Rows, previous: Rows, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add an update to the rows; returns its L2 norm and its dot product with the one before, `[slots]` each.
+
+    Args:
+        rows: changed in place.
+        update: changed to 0 in slots that do not move.
+        previous: the update before; overwritten.
+        mask: `[slots, 1]`, the slots that do not move, or None if all do.
+    """
+    norms, dots = [], []
+    for row, segment, before in zip(rows, update, previous, strict=True):
+        if mask is not None:
+            segment.masked_fill_(mask, 0.0)
+        row.add_(segment)
+        norms.append(torch.linalg.vector_norm(segment, dim=1))
+        dots.append(torch.mul(segment, before, out=before).sum(1))
+    if len(norms) == 1:
+        return norms[0], dots[0]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0), torch.stack(dots).sum(0)
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """Measures, clipping, update and move in one function of a flat list of tensors, for slots of one rule.
+
+    Attributes:
+        layout: of the rows.
+        rule: the update rule.
+        clips: whether gradients are clipped.
+    """
+
+    layout: Layout
+    rule: Rule
+    clips: bool
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Move the slots; returns the four measures of `Stack.step`.
+
+        Args:
+            tensors: parameters, update, previous update, gradient and the rule's moments, each in segments; then
+                `[slots]` each the count of steps, whether a slot moves, the norm to clip to if `clips`, and all the
+                rule's hyperparameters; then the roots as in `gradient_norms`.
+        """
+        rest = iter(tensors)
+
+        def segments() -> Rows:
+            return tuple(itertools.islice(rest, len(self.layout.segments)))
+
+        rows, update, previous, grads = (segments() for _ in range(4))
+        moments = {name: segments() for name in self.rule.moments}
+        count, active = next(rest), next(rest)
+        max_norm = next(rest) if self.clips else None
+        hyper = {name: next(rest) for name in self.rule.hyperparameters}
+        norm, ratio = gradient_norms(self.layout, grads, next(rest))
+        if max_norm is not None:
+            grads = clipped(grads, norm, max_norm)
+        for i, row in enumerate(rows):
+            self.rule.update(row, grads[i], {n: m[i] for n, m in moments.items()}, hyper, count, update[i])
+        return [norm, ratio, *move(rows, update, previous, ~active[:, None])]
+
+
+def clipped(grads: Rows, norm: Tensor, max_norm: Tensor) -> Rows:
+    """New gradients of at most a norm, as in torch.nn.utils.clip_grad_norm_; `norm` and `max_norm` `[slots]`."""
+    scale = clip_scale(norm, max_norm)[:, None]
+    return tuple(segment * scale for segment in grads)
