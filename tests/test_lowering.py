@@ -177,7 +177,7 @@ def test_without_a_gradient_the_outputs_are_the_same(name):
         assert_close(found[1], one, 1e-6)
 
 
-@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("classes", [3, 9, 40])
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "sum"}, {"reduction": "none"}, {"ignore_index": 1}, {"label_smoothing": 0.1}]
 )
@@ -221,7 +221,9 @@ def test_what_is_not_known_goes_to_torch_itself():
     assert lower_attention(fail, x, x, x, enable_gqa=True) is NotImplemented
     assert lower_softmax(torch.softmax, few, -1) is NotImplemented
     assert lower_softmax(torch.softmax, few.t(), 0) is NotImplemented
-    assert lower_cross_entropy(few, torch.zeros(3, dtype=torch.int64)) is NotImplemented
+    for half in (few.bfloat16(), few.half()):
+        assert lower_cross_entropy(half, torch.zeros(3, dtype=torch.int64)) is NotImplemented
+    assert lower_cross_entropy(few, few.softmax(-1)) is NotImplemented
 
 
 def test_under_autocast_the_products_are_rounded_as_torch_rounds_them():

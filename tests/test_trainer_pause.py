@@ -25,8 +25,9 @@ from momentum_tuner.trainer import (
     TrialSettings,
     UnfinishedStepError,
     is_out_of_memory,
+    update,
 )
-from momentum_tuner.trainer import stack as stack_module, update
+from momentum_tuner.trainer import stack as stack_module
 from momentum_tuner.trainer.data import LoaderSource, MemorySource
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.stack import Stack

@@ -18,6 +18,8 @@ from momentum_tuner.tasks import Task
 from momentum_tuner.tasks.task import plain_batch
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
+GATHERED_AT_ONCE = 1 << 24
+"""Bytes of minibatches that are gathered in one go: each gather costs calls, whatever its size."""
 EVALUATION_BATCH = 1024
 """Validation examples per forward pass, the same for every width, so that the width does not change a sum's order."""
 
@@ -80,7 +82,7 @@ class LandscapeSource:
 
 
 class MemorySource:
-    """Tensors that stay on the device; a minibatch is a gather of rows.
+    """Tensors that stay on the device; minibatches are a gather of rows.
 
     The last incomplete minibatch of an epoch is left out; the next epoch's order is another, so no example stays out.
 
@@ -102,14 +104,17 @@ class MemorySource:
         return indices[: self.steps * self.batch_size].view(self.steps, self.batch_size)
 
     def epoch(self, orders: Sequence[Order], start: int = 0) -> Iterator[Batch]:
-        """The epoch's minibatches; a single gather serves all slots where their orders agree."""
+        """The epoch's minibatches; the same ones serve all slots where their orders agree."""
         device = self.tensors[0].device
         kinds, kind_of_slot = distinct(orders)
         indices = torch.stack([self.order(kind) for kind in kinds], dim=1)  # [steps, kinds, batch]
         shared = len(kinds) == 1
         indices = indices[:, 0] if shared else indices[:, kind_of_slot]  # [steps, batch] or [steps, slots, batch]
-        for step in indices[start:].to(device):
-            yield Batch(tuple(t[step] for t in self.tensors), shared)
+        bytes_per_step = indices[0].numel() * sum(t[:1].nbytes for t in self.tensors)
+        for some in indices[start:].split(max(1, GATHERED_AT_ONCE // max(1, bytes_per_step))):
+            at = some.to(device)
+            for step in zip(*(t[at].unbind(0) for t in self.tensors), strict=True):
+                yield Batch(step, shared)
 
 
 class LoaderSource:

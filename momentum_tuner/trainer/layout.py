@@ -87,9 +87,16 @@ class Layout:
         """The rows `[parameters]` of several slots in segments, copied."""
         return tuple(segment.contiguous() for segment in self.split(torch.stack(list(rows))))
 
+    def pieces(self, segments: Rows) -> list[Tensor]:
+        """The flat parameters `[..., size]` within segments `[..., segment's size]`, as views."""
+        found: list[Tensor] = []
+        for segment, sizes in zip(segments, self.segments, strict=True):
+            found += [segment] if len(sizes) == 1 else torch.split(segment, list(sizes), dim=-1)
+        return found
+
     def views(self, segments: Rows) -> dict[str, Tensor]:
         """The parameters of one slot by name as views of its segments `[segment's size]`."""
-        pieces = (p for segment, sizes in zip(segments, self.segments, strict=True) for p in segment.split(sizes))
+        pieces = self.pieces(segments)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, model: nn.Module) -> Tensor:

@@ -23,8 +23,7 @@ def gradient_norms(layout: Layout, grads: Rows, roots: Tensor) -> tuple[Tensor, 
         grads: the gradient.
         roots: `[tensors]`, of the parameter tensors' sizes.
     """
-    pieces = (p for segment, sizes in zip(grads, layout.segments, strict=True) for p in segment.split(sizes, dim=1))
-    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1) for piece in pieces])
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1) for piece in layout.pieces(grads)])
     total = torch.linalg.vector_norm(norms, dim=0)
     if len(norms) == 1:
         return total, torch.ones_like(total)
