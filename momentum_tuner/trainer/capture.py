@@ -58,9 +58,7 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
     nodes = [list(graph.graph.nodes) for graph in graphs]
     _generalize(*graphs)
     graph = graphs[0]
-    for node, other in zip(*nodes, strict=True):
-        if _is_idle(node) and _is_idle(other):
-            node.replace_all_uses_with(node.args[0])
+    _shorten(*nodes)
     for node in nodes[0]:
         node.meta.clear()  # which holds tensors of the trace
     graph.graph.eliminate_dead_code()
@@ -157,12 +155,60 @@ def _target(module: fx.GraphModule, node: fx.Node) -> Any:
     return (value.shape, value.dtype, value.tolist()) if isinstance(value, Tensor) else node.target
 
 
-def _is_idle(node: fx.Node) -> bool:
-    """Whether a node returns its input: a product with 1, a view or an expansion to the same shape."""
-    aten = torch.ops.aten
-    if node.target is aten.mul.Scalar and node.args[1] != 1:
-        return False
-    if node.target not in (aten.mul.Scalar, aten.view.default, aten._unsafe_view.default, aten.expand.default):
-        return False
-    kinds = [one.meta.get("tensor_meta") for one in (node, node.args[0]) if isinstance(one, fx.Node)]
-    return len(kinds) == 2 and all(kinds) and len({(kind.shape, kind.dtype) for kind in kinds if kind}) == 1
+_aten = torch.ops.aten
+_VIEWS = frozenset(
+    {
+        _aten.view.default,
+        _aten._unsafe_view.default,
+        _aten.expand.default,
+        _aten.permute.default,
+        _aten.transpose.int,
+        _aten.t.default,
+        _aten.squeeze.dim,
+        _aten.squeeze.dims,
+        _aten.unsqueeze.default,
+    }
+)
+"""Operations whose result has the memory of their input from its first number on."""
+
+
+def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
+    """Let the first graph do without what gives again what is there already: each operation costs a call.
+
+    Views of views are often the tensor that they began with, turned back; and gradients look anew at what the forward
+    pass has looked at.
+
+    Args:
+        nodes: of a graph that serves all widths.
+        others: of the same graph as it was traced at another width.
+    """
+    place = dict(zip(nodes, zip(map(_lies, nodes), map(_lies, others), strict=True), strict=True))
+    views: dict[fx.Node, list[fx.Node]] = {}  # by what they are views of, itself the first
+    begin: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        of = node.args[0] if node.args else None
+        if not isinstance(of, fx.Node):
+            continue
+        if node.target is _aten.mul.Scalar and node.args[1] == 1:
+            kinds = [one.meta["tensor_meta"] for one in (node, of)]
+            if len({(kind.shape, kind.dtype) for kind in kinds}) == 1:
+                node.replace_all_uses_with(of)
+        elif node.target in _VIEWS:
+            first = begin.get(of, of)
+            there = views.setdefault(first, [first])
+            known = next((one for one in there if _same(place[node], place[one])), None)
+            if known is None:
+                begin[node] = first
+                there.append(node)
+            else:
+                node.replace_all_uses_with(known)
+
+
+def _lies(node: fx.Node) -> Any:
+    """How a node's tensor lies in memory, None if it is none."""
+    kind = node.meta.get("tensor_meta")
+    return (kind.shape, kind.stride, kind.dtype) if hasattr(kind, "stride") else None
+
+
+def _same(here: tuple[Any, Any], there: tuple[Any, Any]) -> bool:
+    return None not in here and here == there

@@ -38,7 +38,7 @@ def _over_slots(function: type[SlotFunction], info: Any, in_dims: tuple[Any, ...
             return value
         if axis is None:
             return value.expand(info.batch_size, *value.shape[1:])
-        return value.movedim(axis, 0).flatten(0, 1)
+        return (value.movedim(axis, 0) if axis else value).flatten(0, 1)
 
     out = function.over(*map(with_slots, args, in_dims))
     if isinstance(out, Tensor):

@@ -59,7 +59,7 @@ def lower_cross_entropy(
     full = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
     if weight is None and reduction == "mean" and full and target.dtype == torch.int64:
         loss, *_ = _CrossEntropy.over(x[None], target[None], ignore_index, _few(x, 1))
-        return loss[0]
+        return loss.squeeze(0)
     if not _few(x, 1):
         return NotImplemented
     return functional.nll_loss(
@@ -78,11 +78,11 @@ class _CrossEntropy(SlotFunction):
         """
         classes = 1 if turned else 2
         logs = torch.log_softmax(x.mT.contiguous() if turned else x, classes)
-        counts = target != ignore_index
-        at = torch.where(counts, target, 0).unsqueeze(classes)
-        share = counts.to(x.dtype)  # [S, B], of each example in the mean
+        left_out = target == ignore_index
+        at = target.masked_fill(left_out, 0).unsqueeze(classes)
+        share = (~left_out).to(x.dtype)  # [S, B], of each example in the mean
         share = share / share.sum(1, keepdim=True)
-        of_target = torch.where(counts, logs.gather(classes, at).squeeze(classes), 0.0)
+        of_target = logs.gather(classes, at).squeeze(classes).masked_fill(left_out, 0.0)
         return -(of_target * share).sum(1), logs, at, share
 
     @staticmethod
@@ -103,6 +103,5 @@ class _CrossEntropy(SlotFunction):
 class _CrossEntropyGradient(SlotFunction):
     @staticmethod
     def forward(of_loss: Tensor, logs: Tensor, at: Tensor, share: Tensor, classes: int) -> Tensor:
-        one = torch.ones((), dtype=logs.dtype, device=logs.device)
-        surplus = logs.exp().scatter_add_(classes, at, -one.expand(at.shape))
-        return surplus.mul_((of_loss[:, None] * share).unsqueeze(classes))
+        share = (of_loss[:, None] * share).unsqueeze(classes)
+        return logs.exp().mul_(share).scatter_add_(classes, at, -share)
