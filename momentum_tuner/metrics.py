@@ -147,7 +147,7 @@ def divergence_limit(initial_loss: float) -> float:
 
 def mean_or_none(values: Array) -> float | None:
     """Arithmetic mean of `[n]` values; None if there are none or it is not finite."""
-    return finite(float(values.mean())) if values.size else None
+    return finite(float(np.add.reduce(values)) / len(values)) if len(values) else None  # `mean` takes twice as long
 
 
 def finite(value: float | None) -> float | None:
@@ -166,7 +166,7 @@ def summarize_steps(table: StepTable, slot: int, steps: int) -> dict[str, float 
             "grad_norm_max": finite(float(table.grad_norm[:steps, slot].max())),
             "layer_grad_ratio": mean_or_none(table.layer_grad_ratio[:steps, slot]),
             "update_norm": mean_or_none(table.update_norm[:steps, slot]),
-            "oscillation": float((table.update_dot[:steps, slot] < 0).mean()),
+            "oscillation": int(np.count_nonzero(table.update_dot[:steps, slot] < 0)) / steps,
         }
 
 

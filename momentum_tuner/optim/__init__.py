@@ -4,7 +4,6 @@ from momentum_tuner.optim.rules import (
     OPTIONAL_HYPERPARAMETERS,
     RULES,
     Rule,
-    Update,
     clip_scale,
     lookahead_point,
 )
@@ -15,7 +14,6 @@ __all__ = [
     "RULES",
     "Rule",
     "Schedule",
-    "Update",
     "clip_scale",
     "lookahead_point",
     "make_schedule",

@@ -190,23 +190,23 @@ def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
         if not isinstance(of, fx.Node):
             continue
         if node.target is _aten.mul.Scalar and node.args[1] == 1:
-            kinds = [one.meta["tensor_meta"] for one in (node, of)]
-            if len({(kind.shape, kind.dtype) for kind in kinds}) == 1:
+            here, there = _lies(node), _lies(of)
+            if here and there and (here[0], here[2]) == (there[0], there[2]):
                 node.replace_all_uses_with(of)
         elif node.target in _VIEWS:
             first = begin.get(of, of)
-            there = views.setdefault(first, [first])
-            known = next((one for one in there if _same(place[node], place[one])), None)
+            alike = views.setdefault(first, [first])
+            known = next((one for one in alike if _same(place[node], place[one])), None)
             if known is None:
                 begin[node] = first
-                there.append(node)
+                alike.append(node)
             else:
                 node.replace_all_uses_with(known)
 
 
 def _lies(node: fx.Node) -> Any:
     """How a node's tensor lies in memory, None if it is none."""
-    kind = node.meta.get("tensor_meta")
+    kind: Any = node.meta.get("tensor_meta")
     return (kind.shape, kind.stride, kind.dtype) if hasattr(kind, "stride") else None
 
 

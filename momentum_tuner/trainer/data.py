@@ -111,7 +111,7 @@ class MemorySource:
         shared = len(kinds) == 1
         indices = indices[:, 0] if shared else indices[:, kind_of_slot]  # [steps, batch] or [steps, slots, batch]
         bytes_per_step = indices[0].numel() * sum(t[:1].nbytes for t in self.tensors)
-        for some in indices[start:].split(max(1, GATHERED_AT_ONCE // max(1, bytes_per_step))):
+        for some in torch.split(indices[start:], max(1, GATHERED_AT_ONCE // max(1, bytes_per_step))):
             at = some.to(device)
             for step in zip(*(t[at].unbind(0) for t in self.tensors), strict=True):
                 yield Batch(step, shared)

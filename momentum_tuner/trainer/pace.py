@@ -20,7 +20,7 @@ from momentum_tuner.trainer.calibration import (
 )
 from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.memory import first_line
-from momentum_tuner.trainer.objective import GRADIENT, Objective
+from momentum_tuner.trainer.objective import EVALUATION, GRADIENT, Objective
 from momentum_tuner.trainer.update import UPDATE
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Pace:
     Args:
         objective: of the task, which is told how to train.
         batch: makes a minibatch of the usual size that all slots share.
-        compiles: `on` compiles fused gradients at their first step; `auto` leaves it to `consider_compiling`; `off`.
+        compiles: `on` compiles what slots do fused at its first call; `auto` leaves it to `consider_compiling`; `off`.
         calibration: what was measured before.
     """
 
@@ -47,7 +47,7 @@ class Pace:
         self.considers = compiles == "auto"
         """Whether `consider_compiling` may still do something."""
         if compiles == "on":
-            objective.replay.compiles = frozenset({GRADIENT, UPDATE})
+            objective.replay.compiles = frozenset({GRADIENT, UPDATE, EVALUATION})
             objective.replay.patience = 0
 
     def choose(self, most: int) -> int:
@@ -96,7 +96,7 @@ class Pace:
         before = self.calibration.seconds[way]
         self.calibration = self.calibration.having(replace(way, mode=COMPILED), seconds, None if kept else took)
         if seconds < before:
-            replay.compiles |= {UPDATE}  # of each rule when it comes to it, which takes a few seconds
+            replay.compiles |= {UPDATE, EVALUATION}  # when it comes to them, which takes a few seconds each
         else:
             replay.forget_compiled()
         logger.info("compiled in %.0f s: a step takes %.0f%% of the time it took", took, 100.0 * seconds / before)

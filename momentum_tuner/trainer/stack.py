@@ -45,6 +45,12 @@ class Slice:
         """Its rows in the stack."""
         return slice(self.start, self.stop)
 
+    def of(self, segments: Rows) -> Rows:
+        """Its part of a stack's segments."""
+        if len(segments[0]) == self.stop - self.start:
+            return segments
+        return tuple(segment[self.start : self.stop] for segment in segments)
+
 
 class Stack:
     """Parameters, moments and buffers of slots, one row per slot.
@@ -161,10 +167,10 @@ class Stack:
         self.make_room()
         self.torn = True
         for piece in self.slices:
-            hyper, rows = self._hyper(piece, rate, cycle), piece.rows
-            for i, (params, gradient, out) in enumerate(zip(self.rows, grads, self.update, strict=True)):
-                moments = {name: segments[i] for name, segments in piece.moments.items()}
-                piece.rule.update(params[rows], gradient[rows], moments, hyper, count[rows], out[rows])
+            factors = piece.rule.prepare(self._hyper(piece, rate, cycle), count[piece.rows])
+            segments = (piece.of(stack) for stack in (self.rows, grads, self.update))
+            for i, (params, gradient, out) in enumerate(zip(*segments, strict=True)):
+                piece.rule.apply(params, gradient, {n: m[i] for n, m in piece.moments.items()}, factors, out)
         on_cpu = active.device.type == "cpu"  # where asking costs nothing, as no transfer is needed
         mask = None if on_cpu and bool(active.all()) else ~active[:, None]
         update_norm, update_dot = move(self.rows, self.update, self.previous, mask)
@@ -194,7 +200,7 @@ class Stack:
         found = []
         for piece in self.slices:
             stacks = (self.rows, self.update, self.previous, grads)
-            tensors = [segment[piece.rows] for segments in stacks for segment in segments]
+            tensors = [segment for segments in stacks for segment in piece.of(segments)]
             tensors += [segment for name in piece.rule.moments for segment in piece.moments[name]]
             tensors += [column[piece.rows] for column in (count, active, max_norm) if column is not None]
             hyper = self._hyper(piece, rate, cycle)

@@ -88,8 +88,9 @@ class WholeStep:
         norm, ratio = gradient_norms(self.layout, grads, next(rest))
         if max_norm is not None:
             grads = clipped(grads, norm, max_norm)
+        factors = self.rule.prepare(hyper, count)
         for i, row in enumerate(rows):
-            self.rule.update(row, grads[i], {n: m[i] for n, m in moments.items()}, hyper, count, update[i])
+            self.rule.apply(row, grads[i], {n: m[i] for n, m in moments.items()}, factors, update[i])
         return [norm, ratio, *move(rows, update, previous, ~active[:, None])]
 
 
