@@ -8,7 +8,7 @@ from momentum_tuner.trainer import Trainer, TrialSettings
 from momentum_tuner.trainer.layout import ALONE, Layout
 from momentum_tuner.trainer.stack import Stack, by_rule
 from momentum_tuner.trainer.state import new_state
-from momentum_tuner.trainer.update import UPDATE
+from momentum_tuner.trainer.update import UPDATE, Standing
 
 SLOTS = (
     ("sgd", {}),
@@ -52,22 +52,27 @@ def test_a_captured_step_is_that_of_the_rules(clips, cycles, monkeypatch):
     for step in range(4):
         grads = tuple(torch.randn(s.shape, generator=generator, dtype=s.dtype) for s in plain.rows)
         rate = plain.column([0.1 / (i + step + 1) for i in range(len(SLOTS))])
+        stopped = [(i + step) % 5 for i in range(len(SLOTS))]  # 0: above the limit, 1: not finite, 2: before, or not
+        loss = plain.column([{0: 2.0, 1: float("nan")}.get(why, 1.0) for why in stopped])
+        active = plain.column([why != 2 for why in stopped]) > 0
         columns = {
+            "loss": loss,
+            "standing": Standing(torch.full_like(rate, 1.5), active, torch.full_like(rate, step)),
             "max_norm": plain.column([float("inf"), 0.5] * 6 + [1e-3]) if clips else None,
             "rate": rate,
             "cycle": plain.column([1.0 - 0.1 * step] * len(SLOTS)) if cycles else None,
             "count": plain.column([step + 1.0] * len(SLOTS)),
-            "active": plain.column([(i + step) % 5 for i in range(len(SLOTS))]) > 0,
         }
-        found = [stack.step(grads, **columns) for stack in (plain, whole)]
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
+        (measures, standing), (found, after) = (stack.step(grads, **columns) for stack in (plain, whole))
+        torch.testing.assert_close(found, measures, rtol=1e-12, atol=1e-14, equal_nan=True)
+        assert standing.active.tolist() == after.active.tolist() == [why > 2 for why in stopped]
+        assert standing.taken.tolist() == after.taken.tolist() == [step + (why > 2) for why in stopped]
         for one, other in zip(plain.tensors(), whole.tensors(), strict=True):
             assert one.keys() == other.keys()
             for name, value in one.items():
                 torch.testing.assert_close(other[name], value, rtol=1e-12, atol=1e-14)
     moved = [t["previous_update"].abs().max() > 0 for t in whole.tensors()]
-    assert moved == [(i + 3) % 5 > 0 for i in range(len(SLOTS))]
+    assert moved == [why > 2 for why in stopped]
     # The single slot of AdamW is not compiled, as code for one slot serves no other width.
     assert len(captured) == 5 and len(whole.objective.replay._of(UPDATE)) == 6
 
@@ -84,9 +89,9 @@ def test_a_compiled_step_is_that_of_the_rules(tmp_path, monkeypatch):
     for step in range(3):
         grads = tuple(torch.full_like(segment, 0.1 * (step + 1)) for segment in plain.rows)
         ones = plain.column([1.0] * len(plain.rows[0]))
-        found = [stack.step(grads, None, 0.1 * ones, None, ones * (step + 1), ones > 0) for stack in (plain, whole)]
-        for one, other in zip(*found, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
+        arguments = (ones, Standing(2.0 * ones, ones > 0, ones), None, 0.1 * ones, None, ones * (step + 1))
+        (measures, _), (found, _) = (stack.step(grads, *arguments) for stack in (plain, whole))
+        torch.testing.assert_close(found, measures, rtol=1e-12, atol=1e-14)
         for one, other in zip(plain.rows, whole.rows, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)
     (kind,) = whole.objective.replay._of(UPDATE)

@@ -15,8 +15,8 @@ from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.memory import free_memory, is_out_of_memory
 from momentum_tuner.trainer.objective import GRADIENT, Objective
 from momentum_tuner.trainer.stack import Stack
-from momentum_tuner.trainer.state import TrialSettings, new_state
-from momentum_tuner.trainer.update import UPDATE
+from momentum_tuner.trainer.state import TrialSettings, new_state, table_dtype
+from momentum_tuner.trainer.update import UPDATE, Standing
 
 SEQUENTIAL, FUSED, COMPILED = "sequential", "fused", "compiled"
 MODES = (SEQUENTIAL, FUSED, COMPILED)
@@ -204,7 +204,8 @@ class Stopwatch:
         keys = None
         if self._objective.draws or not fused:
             keys = torch.zeros(width, dtype=torch.int64, device=self._objective.device)
-        active, count, rate = stack.column([1.0] * width) > 0, stack.column([1.0] * width), stack.column([0.0] * width)
+        ones, rate = stack.column([1.0] * width), stack.column([0.0] * width)
+        standing = Standing(ones * torch.inf, ones > 0, ones.to(table_dtype(ones.dtype)))
 
         alone = self._objective.device.type == "cpu" and torch.get_num_threads() == 1
         # Others that take the processor meanwhile would make wide steps, which take long, look slower than narrow ones.
@@ -213,7 +214,7 @@ class Stopwatch:
         def step() -> float:
             started = clock()
             grads, loss, stack.buffers = stack.gradient(self._batch, keys, None, fused)
-            stack.step(grads, None, rate, None, count, active)
+            stack.step(grads, loss, standing, None, rate, None, ones)
             loss.cpu()  # waits for the device
             return clock() - started
 

@@ -17,6 +17,7 @@ from momentum_tuner.trainer.dropout import step_keys
 from momentum_tuner.trainer.memory import UnfinishedStepError
 from momentum_tuner.trainer.stack import Stack
 from momentum_tuner.trainer.state import TABLE_COLUMNS, TrialSettings, table_dtype
+from momentum_tuner.trainer.update import Standing
 
 
 class Trial(Protocol):
@@ -76,14 +77,14 @@ class Epoch:
         # What moves on from step to step
         if parts:
             self._table = [torch.stack([part["part/table"] for part in parts], dim=2)]  # [some steps, 5, slots] each
-            self._limit = torch.stack([part["part/limit"] for part in parts])
-            self._taken = torch.stack([part["part/taken"] for part in parts])
+            limit = torch.stack([part["part/limit"] for part in parts])
+            taken = torch.stack([part["part/taken"] for part in parts])
         else:
             self._table = []
             limits = [self._largest if s.initial_loss is None else divergence_limit(s.initial_loss) for s in slots]
-            self._limit = stack.column([min(limit, self._largest) for limit in limits])
-            self._taken = torch.zeros(len(slots), dtype=wide, device=rows.device)
-        self._active = self._taken == self.done
+            limit = stack.column([min(limit, self._largest) for limit in limits])
+            taken = torch.zeros(len(slots), dtype=wide, device=rows.device)
+        self._standing = Standing(limit, taken == self.done, taken)
 
     @property
     def sound(self) -> bool:
@@ -118,11 +119,15 @@ class Epoch:
         if len(self._table) > 1:
             self._table = [torch.cat(self._table)]
         table = self._table[0][:, :, index]
-        return {"part/table": table, "part/limit": self._limit[index], "part/taken": self._taken[index]}
+        return {
+            "part/table": table,
+            "part/limit": self._standing.limit[index],
+            "part/taken": self._standing.taken[index],
+        }
 
     def table(self) -> tuple[StepTable, NDArray[np.int64]]:
         """The measures of the steps, and where each slot stopped, in one transfer."""
-        taken = self._taken.expand(1, TABLE_COLUMNS, -1)
+        taken = self._standing.taken.expand(1, TABLE_COLUMNS, -1)
         table = torch.cat([*self._table, taken]).to("cpu", torch.float64).numpy()
         columns = (np.ascontiguousarray(table[:-1, i]) for i in range(TABLE_COLUMNS))
         return StepTable(*columns), table[-1, 0].astype(np.int64)
@@ -136,18 +141,16 @@ class Epoch:
         keys = None if self._keys is None else self._keys[now]
         cycle = None if self._cycle is None else self._cycle[now]
         grads, loss, buffers = stack.gradient(batch, keys, cycle)
-        limit = self._limit
+        standing = self._standing
         if now == 0:
             # as metrics.divergence_limit
             margin = (DIVERGENCE_FACTOR - 1.0) * loss.abs()
-            limit = torch.where(self._new, (loss + margin).clamp(max=self._largest).to(limit.dtype), limit)
-        active = self._active & loss.isfinite() & (loss <= limit)
-        taken = self._taken + active
+            limit = (loss + margin).clamp(max=self._largest).to(standing.limit.dtype)
+            standing = standing._replace(limit=torch.where(self._new, limit, standing.limit))
         rate, count = self._rates[now], self._counts[now]
-        norm, ratio, update_norm, update_dot = stack.step(grads, self._max_norm, rate, cycle, count, active)
-        measures = torch.stack((loss.to(norm.dtype), norm, ratio, update_norm, update_dot))
-        self._table.append(measures.to(taken.dtype)[None])
+        measures, standing = stack.step(grads, loss, standing, self._max_norm, rate, cycle, count)
+        self._table.append(measures[None])
         stack.buffers = buffers
-        self._limit, self._active, self._taken = limit, active, taken
+        self._standing = standing
         self.done = now + 1
         stack.torn = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class _Kind:
     """What serves each width that has been seen, once its results were compared."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A function that `Replay` has been told of."""
 
@@ -108,13 +109,14 @@ class Replay:
             stacked: which of them have one row per slot.
             variant: what else tells the functions of this name apart.
         """
-        shapes = tuple(
-            (t.shape[1:] if has_rows else t.shape, t.dtype) for t, has_rows in zip(tensors, stacked, strict=True)
-        )
+        shapes = [(t.shape[1:] if rows else t.shape, t.dtype, rows) for t, rows in zip(tensors, stacked, strict=True)]
+        key = (name, *shapes, variant)
         try:
-            kind = self._kinds.setdefault((name, shapes, tuple(stacked), variant), _Kind())
+            kind = self._kinds.get(key)
         except TypeError:  # a value that cannot be hashed
-            kind = _Kind(refused=True)
+            return Call(self, name, _Kind(refused=True), function, stacked)
+        if kind is None:
+            kind = self._kinds[key] = _Kind()
         return Call(self, name, kind, function, stacked)
 
     def run(self, call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -214,8 +216,8 @@ class Replay:
 def _flatten(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:
     """The leaves of a nesting, and what makes another of the same structure; for common ones faster than torch's."""
     if value is None or isinstance(value, Tensor):
-        return (value,), lambda leaves: leaves[0]
-    if type(value) is tuple and all(isinstance(one, Tensor) for one in value):
+        return (value,), operator.itemgetter(0)
+    if type(value) is tuple and all([isinstance(one, Tensor) for one in value]):
         return value, tuple
     leaves, structure = tree_flatten(value)
     return leaves, lambda leaves: tree_unflatten(leaves, structure)

@@ -14,14 +14,18 @@ from momentum_tuner.trainer.layout import Rows
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.replay import Call
 from momentum_tuner.trainer.state import TrialSettings
-from momentum_tuner.trainer.update import UPDATE, WholeStep, clipped, gradient_norms, move
+from momentum_tuner.trainer.update import (
+    UPDATE,
+    Standing,
+    WholeStep,
+    clipped,
+    gradient_norms,
+    measures_of,
+    move,
+)
 
 _ROOM = 1 << 16
 """Bytes that hold all the `[slots]` tensors of an update; less than what allocators give back at once."""
-
-Measures = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of a step, `[slots]` each: the gradient's global L2 norm; the largest over the smallest non-zero RMS of its parameter
-tensors; the update's L2 norm; the update's dot product with the one before."""
 
 
 def by_rule(settings: TrialSettings) -> int:
@@ -140,27 +144,35 @@ class Stack:
     def step(
         self,
         grads: Rows,
+        loss: Tensor,
+        standing: Standing,
         max_norm: Tensor | None,
         rate: Tensor,
         cycle: Tensor | None,
         count: Tensor,
-        active: Tensor,
-    ) -> Measures:
-        """Move the slots by one update, in place.
+    ) -> tuple[Tensor, Standing]:
+        """Move those slots by one update, in place, whose loss says that they train on.
 
         An error before anything has changed leaves `torn` False; otherwise it is True from then on, after the step as
         well, until the caller sets it back.
 
         Args:
             grads: the gradient, which is left as it is.
+            loss: `[slots]`.
+            standing: before this step.
             max_norm: `[slots]`, the norm above which the gradient is clipped, or None.
             rate: `[slots]`, learning rates.
             cycle: `[slots]`, the factor of momentum, or None.
             count: `[slots]`, the number of this step in its trial, from 1.
-            active: `[slots]`; the others stay where they are.
+
+        Returns:
+            The standing after it, and before that the measures `[5, slots]`: the loss; the gradient's global L2 norm;
+            the largest over the smallest non-zero RMS of its parameter tensors; the update's L2 norm; the update's dot
+            product with the one before.
         """
         if self.objective.replay.is_compiling(UPDATE):
-            return self._compiled_step(grads, max_norm, rate, cycle, count, active)
+            return self._compiled_step(grads, loss, standing, max_norm, rate, cycle, count)
+        standing = standing.after(loss)
         norm, ratio = self.gradient_norms(grads)
         if max_norm is not None:
             grads = clipped(grads, norm, max_norm)
@@ -171,50 +183,50 @@ class Stack:
             segments = (piece.of(stack) for stack in (self.rows, grads, self.update))
             for i, (params, gradient, out) in enumerate(zip(*segments, strict=True)):
                 piece.rule.apply(params, gradient, {n: m[i] for n, m in piece.moments.items()}, factors, out)
-        on_cpu = active.device.type == "cpu"  # where asking costs nothing, as no transfer is needed
-        mask = None if on_cpu and bool(active.all()) else ~active[:, None]
-        update_norm, update_dot = move(self.rows, self.update, self.previous, mask)
+        on_cpu = loss.device.type == "cpu"  # where asking costs nothing, as no transfer is needed
+        mask = None if on_cpu and bool(standing.active.all()) else ~standing.active[:, None]
+        moved = move(self.rows, self.update, self.previous, mask)
         self.update, self.previous = self.previous, self.update
-        return norm, ratio, update_norm, update_dot
+        return measures_of(standing.taken, loss, norm, ratio, *moved), standing
 
     def gradient_norms(self, grads: Rows) -> tuple[Tensor, Tensor]:
-        """The first two of a step's measures."""
+        """The gradient's measures."""
         return gradient_norms(self.objective.layout, grads, self._roots)
 
-    def make_room(self) -> None:
+    def make_room(self, room: int = 0) -> None:
         """See that memory suffices for an update, which cannot stop halfway: what is freed here is there for it."""
-        torch.empty(self._room, dtype=torch.uint8, device=self.rows[0].device)
+        torch.empty(max(room, self._room), dtype=torch.uint8, device=self.rows[0].device)
 
     def _compiled_step(
         self,
         grads: Rows,
+        loss: Tensor,
+        standing: Standing,
         max_norm: Tensor | None,
         rate: Tensor,
         cycle: Tensor | None,
         count: Tensor,
-        active: Tensor,
-    ) -> Measures:
+    ) -> tuple[Tensor, Standing]:
         """As `step`, compiled: all of it in one pass over memory."""
-        self.make_room()
+        self.make_room(sum(segment.nbytes for segment in self.rows))  # for slots whose code is not compiled after all
         self.torn = True
+        columns = [column for column in (loss, *standing, count, max_norm) if column is not None]
         found = []
         for piece in self.slices:
-            stacks = (self.rows, self.update, self.previous, grads)
+            stacks = (self.rows, grads, self.previous)
             tensors = [segment for segments in stacks for segment in piece.of(segments)]
             tensors += [segment for name in piece.rule.moments for segment in piece.moments[name]]
-            tensors += [column[piece.rows] for column in (count, active, max_norm) if column is not None]
             hyper = self._hyper(piece, rate, cycle)
             # Those left out cost nothing here, and so there is one graph for all.
-            tensors += [hyper.get(name, self._zero[piece.rows]) for name in piece.rule.hyperparameters]
-            tensors.append(self._roots)
+            constants = (hyper.get(name, self._zero[piece.rows]) for name in piece.rule.hyperparameters)
+            tensors += [*(column[piece.rows] for column in columns), *constants, self._roots]
             if piece.call is None:
                 function = WholeStep(self.objective.layout, piece.rule, max_norm is not None)
                 stacked = [True] * (len(tensors) - 1) + [False]
                 piece.call = self.objective.replay.prepare(UPDATE, function, tensors, stacked, (function,))
             found.append(piece.call(tensors))
-        self.update, self.previous = self.previous, self.update
-        norm, ratio, update_norm, update_dot = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-        return norm, ratio, update_norm, update_dot
+        measures, active, taken = found[0] if len(found) == 1 else (torch.cat(p, -1) for p in zip(*found, strict=True))
+        return measures, Standing(standing.limit, active, taken)
 
     def _hyper(self, piece: Slice, rate: Tensor, cycle: Tensor | None) -> dict[str, Tensor]:
         """A rule's hyperparameters in this step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,30 @@ from momentum_tuner.trainer.layout import Layout, Rows
 
 UPDATE = "update"
 """A whole optimizer step as `Replay` knows it, where it is compiled."""
+
+
+class Standing(NamedTuple):
+    """Which slots train on, `[slots]` each.
+
+    Attributes:
+        limit: the loss above which a trial is diverged.
+        active: whether it is not diverged so far.
+        taken: steps of the epoch that it took.
+    """
+
+    limit: Tensor
+    active: Tensor
+    taken: Tensor
+
+    def after(self, loss: Tensor) -> Standing:
+        """The standing that losses `[slots]` lead to."""
+        active = self.active & loss.isfinite() & (loss <= self.limit)
+        return Standing(self.limit, active, self.taken + active)
+
+
+def measures_of(taken: Tensor, *measures: Tensor) -> Tensor:
+    """The measures of a step, `[slots]` each, as a row of its epoch's table `[measures, slots]`."""
+    return torch.stack([measure.to(taken.dtype) for measure in measures])
 
 
 def gradient_norms(layout: Layout, grads: Rows, roots: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,30 +93,37 @@ class WholeStep:
     clips: bool
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Move the slots; returns the four measures of `Stack.step`.
+        """Move the slots; returns the measures as `Stack.step` does, and of their standing what changed.
 
         Args:
-            tensors: parameters, update, previous update, gradient and the rule's moments, each in segments; then
-                `[slots]` each the count of steps, whether a slot moves, the norm to clip to if `clips`, and all the
-                rule's hyperparameters; then the roots as in `gradient_norms`.
+            tensors: parameters, gradient, previous update and the rule's moments, each in segments; then `[slots]`
+                each the loss, the three of the standing, the count of steps, the norm to clip to if `clips`, and all
+                the rule's hyperparameters; then the roots as in `gradient_norms`. The update takes the previous one's
+                place.
         """
         rest = iter(tensors)
 
         def segments() -> Rows:
             return tuple(itertools.islice(rest, len(self.layout.segments)))
 
-        rows, update, previous, grads = (segments() for _ in range(4))
+        rows, grads, previous = (segments() for _ in range(3))
         moments = {name: segments() for name in self.rule.moments}
-        count, active = next(rest), next(rest)
+        loss = next(rest)
+        standing = Standing(*itertools.islice(rest, 3)).after(loss)
+        count = next(rest)
         max_norm = next(rest) if self.clips else None
         hyper = {name: next(rest) for name in self.rule.hyperparameters}
         norm, ratio = gradient_norms(self.layout, grads, next(rest))
         if max_norm is not None:
             grads = clipped(grads, norm, max_norm)
         factors = self.rule.prepare(hyper, count)
+        update = tuple(torch.empty_like(row) for row in rows)  # needs no memory, compiled
         for i, row in enumerate(rows):
             self.rule.apply(row, grads[i], {n: m[i] for n, m in moments.items()}, factors, update[i])
-        return [norm, ratio, *move(rows, update, previous, ~active[:, None])]
+        moved = move(rows, update, previous, ~standing.active[:, None])
+        for before, segment in zip(previous, update, strict=True):
+            before.copy_(segment)
+        return [measures_of(standing.taken, loss, norm, ratio, *moved), standing.active, standing.taken]
 
 
 def clipped(grads: Rows, norm: Tensor, max_norm: Tensor) -> Rows:
