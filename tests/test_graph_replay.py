@@ -1,9 +1,13 @@
 """Captured and compiled steps give what the functions themselves give, at every width, or are not used."""
 
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +288,88 @@ def test_one_compilation_gives_the_gradient_of_every_width_and_is_kept(cache, mo
         1: False,
     }
     assert any(cache.rglob("*.so"))
+
+
+def captured(function, *tensors):
+    return capture(function, tensors, [True] * len(tensors), nn.Module())
+
+
+def test_kept_code_is_opened_and_not_made_again(cache, monkeypatch):
+    def function(rows, factor):
+        return [rows * factor + torch.tensor([1.0, 2.0, 3.0])]
+
+    rows, factor = torch.rand(4, 3), torch.rand(4, 1)
+    graph = captured(function, rows, factor)
+    assert not compiling.was_compiled(graph)
+    first = compiling.compile_graph(graph, (rows, factor), (True, True))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling, "_compile_ahead", None)
+        again = captured(function, rows, factor)
+        assert compiling.was_compiled(again)
+        opened = compiling.compile_graph(again, (rows, factor), (True, True))
+        for code in (first, opened):
+            torch.testing.assert_close(code(rows[:2], factor[:2])[0], function(rows[:2], factor[:2])[0])
+        # Other constants, dtypes and threads are other code.
+        others = [captured(lambda a, b: [a * b + torch.tensor([1.0, 2.0, 4.0])], rows, factor)]
+        others += [captured(lambda a, b: [a * b + torch.tensor([1.0, 2.0, 3.0])], rows.double(), factor.double())]
+        assert not any(map(compiling.was_compiled, others))
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        assert not compiling.was_compiled(graph)
+    # A library that is gone is made again.
+    mark = compiling._mark(graph)
+    mark.write_text(str(cache / "gone.so"))
+    code = compiling.compile_graph(graph, (rows, factor), (True, True))
+    torch.testing.assert_close(code(rows, factor)[0], function(rows, factor)[0])
+    assert mark.read_text().endswith(".so") and Path(mark.read_text()).exists()
+
+
+def test_compiled_code_writes_to_arguments_however_they_lie_in_memory(cache):
+    def function(rows, more):
+        rows.mul_(more)
+        return [rows.sum(1)]
+
+    rows, more = torch.rand(4, 3), torch.rand(4, 3)
+    code = compiling.compile_graph(captured(function, rows, more), (rows, more), (True, True))
+    for lies in (lambda t: t, lambda t: t.t().contiguous().t(), lambda t: torch.stack([t, t], 2)[:, :, 0]):
+        one, other = lies(rows.clone()), rows.clone()
+        by = more[:, :1].expand(4, 3)
+        expected = function(other, by)
+        torch.testing.assert_close(code(one, by), expected)
+        torch.testing.assert_close(one, other)
+
+
+def test_compiled_code_says_that_memory_ran_out(tmp_path):
+    outcome = subprocess.run(
+        [sys.executable, "-c", LITTLE_MEMORY],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert outcome.stdout == "out of memory\n", outcome.stderr
+
+
+LITTLE_MEMORY = """
+import resource
+import torch
+from torch import nn
+from momentum_tuner.trainer.capture import capture
+from momentum_tuner.trainer.compiling import compile_graph
+from momentum_tuner.trainer.memory import is_out_of_memory
+
+torch.set_num_threads(1)
+rows = torch.rand(2, 1500, 4)
+wide = lambda rows: [torch.bmm(rows, rows.mT).sum(1)]
+code = compile_graph(capture(wide, (rows,), (True,), nn.Module()), (rows,), (True,))
+pages = int(open("/proc/self/statm").read().split()[0])
+room = pages * resource.getpagesize() + 200_000_000
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    code(torch.rand(100, 1500, 4))
+except Exception as error:
+    print("out of memory" if is_out_of_memory(error) else error)
+"""
 
 
 def test_where_compiling_fails_training_goes_on_and_one_line_says_so(caplog, monkeypatch):

@@ -46,6 +46,9 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
         stacked: which of them have one row per slot.
         state: the module whose plain attributes must be the same after a call: what they say would be frozen.
 
+    Returns:
+        The graph, whose `meta["arguments"]` tells shape, dtype, device and whether it is stacked of each argument.
+
     Raises:
         NotCapturedError: it cannot be captured.
     """
@@ -63,6 +66,10 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
         node.meta.clear()  # which holds tensors of the trace
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    graph.meta["arguments"] = [
+        (tuple(t.shape[1:] if has_rows else t.shape), t.dtype, t.device, has_rows)
+        for t, has_rows in zip(tensors, stacked, strict=True)
+    ]
     return graph
 
 

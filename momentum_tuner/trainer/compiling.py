@@ -1,15 +1,22 @@
-"""torch.compile for captured graphs: one compilation serves every width but 1, and is kept for later runs."""
+"""Captured graphs as compiled code: one compilation serves every width but 1, and is kept for later runs.
+
+On a CPU the code is compiled ahead of time into a library of its own (AOTInductor), so that a call goes straight to it
+and a later run only opens it. Elsewhere it is torch.compile's, on CUDA with graphs of its kernels, as small models there
+wait for the launch of one after the other.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 Compiled = Callable[..., Sequence[Tensor]]
 
@@ -19,40 +26,39 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
 
     Args:
         graph: of `capture.capture`.
-        tensors: an example of its arguments, of more than one row.
+        tensors: an example of its arguments, of more than one row; they are left as they are.
         stacked: which of them have one row per slot.
 
     Raises:
         Exception: whatever went wrong, such as a missing C++ compiler.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code()))
+    mark = _mark(graph)
+    if tensors[0].device.type == "cpu":
+        if (kept := _open(mark)) is not None:
+            return kept
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of torch's own code
+            library = _compile_ahead(graph, tensors, stacked)
+        _write(mark, library)
+        return _Library(library)
     examples = [t.clone() for t in tensors]
     for example, has_rows in zip(examples, stacked, strict=True):
         if has_rows:
             torch._dynamo.maybe_mark_dynamic(example, 0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of torch's own code
-        compiled: Compiled = torch.compile(graph.forward)
+        warnings.simplefilter("ignore")
+        compiled: Compiled = torch.compile(
+            graph.forward, mode="reduce-overhead" if tensors[0].device.type == "cuda" else None
+        )
         compiled(*examples)
-    mark = _mark(graph)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    return compiled
+    _write(mark, "")
+    return _WithoutRecompiling(compiled)
 
 
 def was_compiled(graph: fx.GraphModule) -> bool:
     """Whether the compiled code of a graph is kept from before."""
     return _mark(graph).exists()
-
-
-def without_recompiling(compiled: Compiled, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Call compiled code at a width that it has not met.
-
-    Raises:
-        RuntimeError: it would have to be compiled anew.
-    """
-    with torch.compiler.set_stance("fail_on_recompile"):
-        return compiled(*tensors)
 
 
 def compiled_code() -> Path:
@@ -66,7 +72,94 @@ def compiled_code() -> Path:
     return Path(base) / "momentum-tuner" / f"compiled-{torch.get_num_threads()}"
 
 
+class _Library:
+    """The code of a library that was compiled ahead of time, which knows its arguments as contiguous ones only."""
+
+    def __init__(self, path: str) -> None:
+        self._run = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1).run
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        contiguous = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        found: Sequence[Tensor] = self._run(contiguous)
+        for tensor, copy in zip(tensors, contiguous, strict=True):
+            if tensor is not copy and 0 not in tensor.stride():
+                tensor.copy_(copy)  # which the code may have written to
+        return found
+
+
+class _WithoutRecompiling:
+    """Code of torch.compile, which is compiled anew for no width.
+
+    Raises:
+        RuntimeError: it would have to be.
+    """
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+        self._widths: set[int] = set()
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        if len(tensors[0]) in self._widths:
+            return self._compiled(*tensors)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = self._compiled(*tensors)
+        self._widths.add(len(tensors[0]))
+        return found
+
+
+class _Module(nn.Module):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph
+
+    def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = self.graph_module(*tensors)
+        return found
+
+
+def _compile_ahead(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> str:
+    """Compile a graph into a library; returns its path."""
+    slots = torch.export.Dim("slots", min=2)
+    examples = tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
+    shapes = tuple({0: slots} if has_rows else {} for has_rows in stacked)
+    with torch.no_grad():
+        program = torch.export.export(_Module(graph), examples, dynamic_shapes=(shapes,), strict=False)
+        library = torch._inductor.aot_compile(program.module(check_guards=False), examples)
+    assert isinstance(library, str)
+    return library
+
+
+def _open(mark: Path) -> Compiled | None:
+    """The library that a mark tells of, if it is still there."""
+    try:
+        return _Library(mark.read_text())
+    except (OSError, RuntimeError):
+        return None
+
+
+def _write(mark: Path, text: str) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = mark.with_name(f"{mark.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(mark)
+
+
 def _mark(graph: fx.GraphModule) -> Path:
-    """A file that says that a graph has been compiled."""
-    what = f"{torch.__version__} {torch.get_num_threads()} {graph.code}"
-    return compiled_code() / "graphs" / hashlib.sha256(what.encode()).hexdigest()
+    """A file that says that a graph has been compiled, and where the library is."""
+    digest = hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()} {_processor()} {graph.code}".encode())
+    for argument in graph.meta["arguments"]:
+        digest.update(str(argument).encode())
+    for node in graph.graph.find_nodes(op="get_attr"):
+        constant = operator.attrgetter(str(node.target))(graph)
+        digest.update(f"{node.target} {constant.dtype} {constant.tolist()}".encode())
+    return compiled_code() / "graphs" / digest.hexdigest()
+
+
+@functools.cache
+def _processor() -> str:
+    """What kind of processor this is: code for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return torch.backends.cpu.get_cpu_capability()
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from momentum_tuner.trainer.capture import capture
-from momentum_tuner.trainer.compiling import compile_graph, was_compiled, without_recompiling
+from momentum_tuner.trainer.compiling import compile_graph, was_compiled
 from momentum_tuner.trainer.memory import first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Replay:
     def _try(self, candidate: Runner, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """What a graph returns, None if it cannot serve these tensors."""
         try:
-            return without_recompiling(candidate, tensors)
+            return candidate(*tensors)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
