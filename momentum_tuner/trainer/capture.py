@@ -65,6 +65,7 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
     for node in nodes[0]:
         node.meta.clear()  # which holds tensors of the trace
     graph.graph.eliminate_dead_code()
+    _call_bindings(graph.graph)
     graph.recompile()
     graph.meta["arguments"] = [
         (tuple(t.shape[1:] if has_rows else t.shape), t.dtype, t.device, has_rows)
@@ -209,6 +210,29 @@ def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
                 alike.append(node)
             else:
                 node.replace_all_uses_with(known)
+
+
+_METHODS = frozenset(
+    ("view", "expand", "permute", "transpose", "unsqueeze", "squeeze", "split_with_sizes")
+    + ("add_", "mul_", "masked_fill", "scatter_add_")
+)
+_FUNCTIONS = frozenset(
+    ("add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "tanh", "sigmoid", "relu")
+    + ("_softmax", "_log_softmax", "where", "eq", "ne", "gather", "select", "sum", "mean", "amax", "cat", "stack")
+    + ("clone", "mm", "bmm", "addmm", "baddbmm")
+)
+
+
+def _call_bindings(graph: fx.Graph) -> None:
+    """Let a graph call common operations by torch's own bindings, which take half the time of `torch.ops`."""
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target._schema.name.removeprefix("aten::")
+        if name in _METHODS:
+            node.op, node.target = "call_method", name
+        elif name in _FUNCTIONS:
+            node.target = getattr(torch, name)
 
 
 def _lies(node: fx.Node) -> Any:

@@ -1,8 +1,8 @@
 """Captured graphs as compiled code: one compilation serves every width but 1, and is kept for later runs.
 
-On a CPU the code is compiled ahead of time into a library of its own (AOTInductor), so that a call goes straight to it
-and a later run only opens it. Elsewhere it is torch.compile's, on CUDA with graphs of its kernels, as small models there
-wait for the launch of one after the other.
+On a CPU the code is compiled ahead of time into a library of its own (AOTInductor): a call goes straight to it, and a
+later run only opens it. Elsewhere it is torch.compile's, on CUDA with graphs of its kernels, as small models wait there
+for the launch of one after the other.
 """
 
 from __future__ import annotations
