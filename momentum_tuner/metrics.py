@@ -147,7 +147,7 @@ def divergence_limit(initial_loss: float) -> float:
 
 def mean_or_none(values: Array) -> float | None:
     """Arithmetic mean of `[n]` values; None if there are none or it is not finite."""
-    return finite(float(np.add.reduce(values)) / len(values)) if len(values) else None  # `mean` takes twice as long
+    return finite(float(values.mean())) if values.size else None
 
 
 def finite(value: float | None) -> float | None:
@@ -155,19 +155,28 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def summarize_steps(table: StepTable, slot: int, steps: int) -> dict[str, float | None]:
-    """The measures of one slot's epoch from its first `steps` steps (fewer than the epoch's if it diverged)."""
-    if steps == 0:
-        return {}
+def summarize_steps(table: StepTable, taken: NDArray[np.int64]) -> list[dict[str, float | None]]:
+    """The measures of each slot's epoch from the steps that it took (fewer than the epoch's if it diverged)."""
+    names = ("loss", "grad_norm", "layer_grad_ratio", "update_norm", "update_dot")
+    columns = [np.ascontiguousarray(getattr(table, name).T) for name in names]  # [slots, steps] each
+    found: list[dict[str, float | None]] = [{} for _ in taken]
     with np.errstate(over="ignore", invalid="ignore"):
-        return {
-            "train_loss": mean_or_none(table.loss[:steps, slot]),
-            "grad_norm": mean_or_none(table.grad_norm[:steps, slot]),
-            "grad_norm_max": finite(float(table.grad_norm[:steps, slot].max())),
-            "layer_grad_ratio": mean_or_none(table.layer_grad_ratio[:steps, slot]),
-            "update_norm": mean_or_none(table.update_norm[:steps, slot]),
-            "oscillation": int(np.count_nonzero(table.update_dot[:steps, slot] < 0)) / steps,
-        }
+        for steps in np.unique(taken[taken > 0]).tolist():
+            which = np.flatnonzero(taken == steps)
+            loss, norm, ratio, update, dot = (column[which, :steps] for column in columns)
+            means = (np.add.reduce(values, axis=1) / steps for values in (loss, norm, ratio, update))
+            measures = [*means, norm.max(axis=1), np.count_nonzero(dot < 0, axis=1) / steps]
+            for slot, values in zip(which.tolist(), np.stack(measures, axis=1).tolist(), strict=True):
+                train_loss, grad_norm, ratio_mean, update_norm, largest, oscillation = map(finite, values)
+                found[slot] = {
+                    "train_loss": train_loss,
+                    "grad_norm": grad_norm,
+                    "grad_norm_max": largest,
+                    "layer_grad_ratio": ratio_mean,
+                    "update_norm": update_norm,
+                    "oscillation": oscillation,
+                }
+    return found
 
 
 @dataclass(frozen=True)

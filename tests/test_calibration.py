@@ -250,7 +250,7 @@ def test_compiled_code_is_taken_once_it_repays_and_is_faster(considering, caplog
     # Another run knows that the code is kept, and so compiles for less.
     again = make(calibration=trainer.pace.calibration)
     list(again.train_epoch())
-    again.consider_compiling(13_000)
+    again.consider_compiling(4_000)
     assert len(made) == 5 and again.pace.calibration.compile_seconds == trainer.pace.calibration.compile_seconds
 
 

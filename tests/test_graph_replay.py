@@ -317,10 +317,27 @@ def test_kept_code_is_opened_and_not_made_again(cache, monkeypatch):
         assert not compiling.was_compiled(graph)
     # A library that is gone is made again.
     mark = compiling._mark(graph)
-    mark.write_text(str(cache / "gone.so"))
+    mark.write_text(f"2 100 {cache / 'gone.so'}")
     code = compiling.compile_graph(graph, (rows, factor), (True, True))
     torch.testing.assert_close(code(rows, factor)[0], function(rows, factor)[0])
-    assert mark.read_text().endswith(".so") and Path(mark.read_text()).exists()
+    assert mark.read_text().startswith("2 1025 ") and Path(mark.read_text().split(" ")[2]).exists()
+
+
+def test_code_that_serves_one_width_is_asked_for_no_other(cache, monkeypatch):
+    task = digits_cnn(channels=2)  # the width is the number of groups of its convolutions, a constant to the compiler
+    live, compiled = objective(task, 10**9), objective(task, 0)
+    compiled.objective.replay.compiles = frozenset({"gradient"})
+    for seed, width in enumerate((6, 3, 6, 9, 1)):
+        found, expected = (t.objective.gradient(*calls(t, width, True, seed)) for t in (compiled, live))
+        for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+            assert (one - other).norm() < 1e-5 * other.norm()
+    (kind,) = compiled.objective.replay._kinds.values()
+    assert {w: runner is kind.compiled for w, runner in kind.runners.items()} == {6: True, 3: False, 9: False, 1: False}
+    # Another run may ask for another width, for which the code is made anew.
+    monkeypatch.setattr(compiling, "_compile_ahead", lambda *_: (None, range(0)))
+    arguments = calls(compiled, 6, True)
+    tensors = (*arguments[0], *arguments[2].tensors)
+    assert compiling.compile_graph(kind.graph, tensors, ()).widths == range(6, 7)
 
 
 def test_compiled_code_writes_to_arguments_however_they_lie_in_memory(cache):

@@ -62,10 +62,10 @@ def step_tables(monkeypatch):
     found = []
     summarize = slots.summarize_steps
 
-    def spy(table, slot, steps):
+    def spy(table, taken):
         names = ("loss", "grad_norm", "update_norm", "layer_grad_ratio")
-        found.append({name: getattr(table, name)[:, slot] for name in names})
-        return summarize(table, slot, steps)
+        found.extend({name: getattr(table, name)[:, slot] for name in names} for slot in range(len(taken)))
+        return summarize(table, taken)
 
     monkeypatch.setattr(slots, "summarize_steps", spy)
     return found

@@ -28,7 +28,7 @@ SLOTS = (
 
 
 def make_stack(compiled):
-    # More than one segment: 64 x 20 weights, and the smaller ones between and behind them together.
+    # Two segments: 64 x 20 weights, and the smaller ones together.
     trainer = Trainer(digits_mlp(hidden=20), epochs=1, slots=1, mode="fused", precision="float64")
     objective = trainer.objective
     objective.replay.patience = 0
@@ -99,14 +99,17 @@ def test_a_compiled_step_is_that_of_the_rules(tmp_path, monkeypatch):
     assert not whole.objective.replay.failed
 
 
-def test_segments_hold_large_parameters_alone_and_small_neighbours_together():
+def test_segments_hold_large_parameters_alone_and_small_ones_together():
     sizes = (10, ALONE, ALONE - 1, 3, 2 * ALONE, 5, 7)
     layout = Layout(tuple("abcdefg"), tuple(torch.Size([n]) for n in sizes), sizes, torch.float32)
-    assert layout.segments == ((10,), (ALONE,), (ALONE - 1, 3), (2 * ALONE,), (5, 7))
+    assert layout.segments == ((1,), (4,), (0, 2, 3, 5, 6))
     row = torch.arange(layout.parameters, dtype=torch.float32)
+    rows = torch.stack([row, -row])
     segments = layout.stack([row, -row])
     assert all(segment.is_contiguous() for segment in segments)
-    assert torch.equal(torch.cat(segments, dim=1), torch.stack([row, -row]))
+    assert [segment.shape[1] for segment in segments] == [ALONE, 2 * ALONE, ALONE + 24]
+    assert torch.equal(layout.join(segments), rows) and torch.equal(layout.join(layout.split(rows)), rows)
     views = layout.views(layout.split(row))
     assert torch.equal(torch.cat([views[name] for name in layout.names]), row)
-    assert views["e"].data_ptr() == row[10 + 2 * ALONE - 1 + 3 :].data_ptr()
+    for only in (sizes[:1], sizes[1:2]):
+        assert Layout(("a",), (torch.Size(only),), only, torch.float32).segments == ((0,),)

@@ -28,7 +28,7 @@ ENOUGH = 1.03
 that begin later know more of others."""
 USUAL_GAIN = 1.3
 USUAL_COMPILE_SECONDS = 40.0
-KEPT_SECONDS = 4.0
+KEPT_SECONDS = 1.0
 """What compiling is expected to gain and to take where nothing was measured, and to take where its result was kept."""
 MARGIN = 1.5
 """Compiling must be expected to save so many times what it takes: trials may end early."""

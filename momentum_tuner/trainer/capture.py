@@ -213,13 +213,17 @@ def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
 
 
 _METHODS = frozenset(
-    ("view", "expand", "permute", "transpose", "unsqueeze", "squeeze", "split_with_sizes")
-    + ("add_", "mul_", "masked_fill", "scatter_add_")
+    {
+        *("view", "expand", "permute", "transpose", "unsqueeze", "squeeze", "split_with_sizes"),
+        *("add_", "mul_", "masked_fill", "scatter_add_"),
+    }
 )
 _FUNCTIONS = frozenset(
-    ("add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "tanh", "sigmoid", "relu")
-    + ("_softmax", "_log_softmax", "where", "eq", "ne", "gather", "select", "sum", "mean", "amax", "cat", "stack")
-    + ("clone", "mm", "bmm", "addmm", "baddbmm")
+    {
+        *("add", "sub", "rsub", "mul", "div", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "tanh", "sigmoid", "relu"),
+        *("_softmax", "_log_softmax", "where", "eq", "ne", "gather", "select", "sum", "mean", "amax", "cat", "stack"),
+        *("clone", "mm", "bmm", "addmm", "baddbmm"),
+    }
 )
 
 

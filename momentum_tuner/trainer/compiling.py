@@ -20,9 +20,12 @@ from torch import Tensor, fx, nn
 
 Compiled = Callable[..., Sequence[Tensor]]
 
+MOST_SLOTS = 1024
+"""The greatest width that compiled code is asked for."""
+
 
 def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> Compiled:
-    """A graph compiled for all widths above 1; this may take minutes.
+    """A graph compiled for all widths above 1, or those that it can serve; this may take minutes.
 
     Args:
         graph: of `capture.capture`.
@@ -35,13 +38,14 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code()))
     mark = _mark(graph)
     if tensors[0].device.type == "cpu":
-        if (kept := _open(mark)) is not None:
+        kept = _open(mark)
+        if kept is not None and len(tensors[0]) in kept.widths:
             return kept
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of torch's own code
-            library = _compile_ahead(graph, tensors, stacked)
-        _write(mark, library)
-        return _Library(library)
+            path, widths = _compile_ahead(graph, tensors, stacked)
+        _write(mark, f"{widths.start} {widths.stop} {path}")
+        return _Library(path, widths)
     examples = [t.clone() for t in tensors]
     for example, has_rows in zip(examples, stacked, strict=True):
         if has_rows:
@@ -73,12 +77,18 @@ def compiled_code() -> Path:
 
 
 class _Library:
-    """The code of a library that was compiled ahead of time, which knows its arguments as contiguous ones only."""
+    """The code of a library that was compiled ahead of time.
 
-    def __init__(self, path: str) -> None:
+    It takes for granted that its arguments are contiguous and that their width is one of those that it serves.
+    """
+
+    def __init__(self, path: str, widths: range) -> None:
+        self.widths = widths
         self._run = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1).run
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        if len(tensors[0]) not in self.widths:
+            raise ValueError(f"the code does not serve {len(tensors[0])} slots")
         contiguous = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         found: Sequence[Tensor] = self._run(contiguous)
         for tensor, copy in zip(tensors, contiguous, strict=True):
@@ -117,23 +127,44 @@ class _Module(nn.Module):
         return found
 
 
-def _compile_ahead(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> str:
-    """Compile a graph into a library; returns its path."""
+def _compile_ahead(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> tuple[str, range]:
+    """Compile a graph into a library; returns its path and the widths that it serves."""
     slots = torch.export.Dim("slots", min=2)
     examples = tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
     shapes = tuple({0: slots} if has_rows else {} for has_rows in stacked)
     with torch.no_grad():
         program = torch.export.export(_Module(graph), examples, dynamic_shapes=(shapes,), strict=False)
-        library = torch._inductor.aot_compile(program.module(check_guards=False), examples)
+        module = program.module(check_guards=False)
+        library = torch._inductor.aot_compile(module, examples)
     assert isinstance(library, str)
-    return library
+    return library, _widths_served(module, len(tensors[0]))
 
 
-def _open(mark: Path) -> Compiled | None:
+def _widths_served(module: fx.GraphModule, width: int) -> range:
+    """The widths around one for which holds what the compiler took for granted, of which its code sees nothing.
+
+    A convolution's number of groups, say, is a constant to it, and so is the width then.
+    """
+    example = next(node for node in module.graph.nodes if node.op == "placeholder").meta["val"]
+    guards = [guard.expr for guard in example.fake_mode.shape_env.guards]
+
+    def serves(width: int) -> bool:
+        return all(guard.subs(dict.fromkeys(guard.free_symbols, width)) == True for guard in guards)  # noqa: E712
+
+    lowest = highest = width
+    while lowest > 2 and serves(lowest - 1):
+        lowest -= 1
+    while highest < MOST_SLOTS and serves(highest + 1):
+        highest += 1
+    return range(lowest, highest + 1)
+
+
+def _open(mark: Path) -> _Library | None:
     """The library that a mark tells of, if it is still there."""
     try:
-        return _Library(mark.read_text())
-    except (OSError, RuntimeError):
+        first, end, path = mark.read_text().split(" ", 2)
+        return _Library(path, range(int(first), int(end)))
+    except (OSError, RuntimeError, ValueError):
         return None
 
 

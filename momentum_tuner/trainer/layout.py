@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from momentum_tuner.errors import TaskError
 
 ALONE = 1024
-"""Elements from which a parameter has a segment of its own; smaller ones share one with their neighbours, as each
-segment costs an update some calls."""
+"""Elements from which a parameter has a segment of its own; all smaller ones share one, as each segment costs an update
+some calls."""
 
 Rows = tuple[Tensor, ...]
 """Rows `[parameters]` of slots, cut into segments: `[slots, segment's size]` each, contiguous.
@@ -70,29 +70,34 @@ class Layout:
 
     @functools.cached_property
     def segments(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the parameters in each segment; the segments follow each other in a row."""
-        found: list[list[int]] = []
-        for size in self.sizes:
-            if found and max(size, *found[-1]) < ALONE:
-                found[-1].append(size)
-            else:
-                found.append([size])
-        return tuple(map(tuple, found))
+        """The parameters of each segment, by their places in `names`; those that share one are in the last."""
+        large = [(i,) for i, size in enumerate(self.sizes) if size >= ALONE]
+        small = tuple(i for i, size in enumerate(self.sizes) if size < ALONE)
+        return (*large, small) if small else tuple(large)
 
     def split(self, rows: Tensor) -> Rows:
-        """Segments of one or more rows `[..., parameters]`, as views."""
-        return torch.split(rows, [sum(sizes) for sizes in self.segments], dim=-1)
+        """Segments of one or more rows `[..., parameters]`, as views or copies."""
+        pieces = torch.split(rows, list(self.sizes), dim=-1)
+        return tuple(
+            pieces[which[0]] if len(which) == 1 else torch.cat([pieces[i] for i in which], dim=-1)
+            for which in self.segments
+        )
+
+    def join(self, segments: Rows) -> Tensor:
+        """The rows `[..., parameters]` that segments were cut from."""
+        return torch.cat(self.pieces(segments), dim=-1)
 
     def stack(self, rows: Sequence[Tensor]) -> Rows:
         """The rows `[parameters]` of several slots in segments, copied."""
         return tuple(segment.contiguous() for segment in self.split(torch.stack(list(rows))))
 
     def pieces(self, segments: Rows) -> list[Tensor]:
-        """The flat parameters `[..., size]` within segments `[..., segment's size]`, as views."""
-        found: list[Tensor] = []
-        for segment, sizes in zip(segments, self.segments, strict=True):
-            found += [segment] if len(sizes) == 1 else torch.split(segment, list(sizes), dim=-1)
-        return found
+        """The flat parameters `[..., size]` within segments `[..., segment's size]`, in the order of `names`."""
+        found: dict[int, Tensor] = {}
+        for segment, which in zip(segments, self.segments, strict=True):
+            sizes = [self.sizes[i] for i in which]
+            found |= zip(which, [segment] if len(which) == 1 else torch.split(segment, sizes, dim=-1), strict=True)
+        return [found[i] for i in range(len(found))]
 
     def views(self, segments: Rows) -> dict[str, Tensor]:
         """The parameters of one slot by name as views of its segments `[segment's size]`."""

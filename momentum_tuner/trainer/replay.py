@@ -224,7 +224,8 @@ def _flatten(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:
 
 
 def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(relative_difference(a, b) < SAME for a, b in zip(found, expected, strict=True))
+    pairs = list(zip(found, expected, strict=True))
+    return all(a.shape == b.shape and relative_difference(a, b) < SAME for a, b in pairs)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from momentum_tuner.metrics import EpochRecord, SpikeState, StepTable, count_spikes, finite, summarize_steps
+from momentum_tuner.metrics import EpochRecord, SpikeState, count_spikes, finite, summarize_steps
 from momentum_tuner.optim import Schedule
 from momentum_tuner.trainer.data import Source
 from momentum_tuner.trainer.epoch import Epoch
@@ -130,8 +129,9 @@ class SlotBatch:
         table, taken = epoch.table()
         values, distance = evaluated
         self._epoch = None
+        measures = summarize_steps(table, taken)
         return [
-            (slot, self._record(slot, i, table, int(taken[i]), values[i], distance[i]))
+            (slot, self._record(slot, table.loss[:, i], int(taken[i]), measures[i], values[i], distance[i]))
             for i, slot in enumerate(self.slots)
         ]
 
@@ -158,23 +158,22 @@ class SlotBatch:
     def _record(
         self,
         slot: Slot,
-        index: int,
-        table: StepTable,
+        losses: NDArray[np.float64],
         taken: int,
+        measures: Mapping[str, float | None],
         evaluated: NDArray[np.float64],
         distance: float,
     ) -> EpochRecord:
         """One slot's record; moves the slot's own counters on."""
-        steps = len(table.loss)
+        steps = len(losses)
         if slot.initial_loss is None:
-            slot.initial_loss = float(table.loss[0, index])
+            slot.initial_loss = float(losses[0])
         valid_loss = finite(float(evaluated[0]))
         if taken < steps:
             slot.diverged_at_step = slot.step + taken + 1
         elif valid_loss is None:
             slot.diverged_at_step = slot.step + steps
-        measures: dict[str, Any] = summarize_steps(table, index, taken)
-        measures["spikes"], slot.spikes = count_spikes(table.loss[:taken, index], slot.step + 1, slot.spikes)
+        spikes, slot.spikes = count_spikes(losses[:taken], slot.step + 1, slot.spikes)
         slot.epoch += 1
         slot.step += steps if taken == steps else taken + 1
         seconds, slot.seconds = slot.seconds, 0.0
@@ -186,6 +185,7 @@ class SlotBatch:
             distance=finite(float(distance)),
             metrics=named_metrics(self.objective, evaluated),
             diverged_at_step=slot.diverged_at_step,
+            spikes=spikes,
             **measures,
         )
 
@@ -210,7 +210,7 @@ def evaluate(
     if optimum is None:
         distance = torch.full((len(mean), 1), torch.nan, dtype=torch.float64, device=mean.device)
     else:
-        distance = torch.linalg.vector_norm((torch.cat(rows, dim=1) - optimum).double(), dim=1, keepdim=True)
+        distance = torch.linalg.vector_norm((objective.layout.join(rows) - optimum).double(), dim=1, keepdim=True)
     both = torch.cat([mean, distance], dim=1).cpu().numpy()
     return both[:, :-1], both[:, -1]
 

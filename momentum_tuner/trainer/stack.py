@@ -102,7 +102,7 @@ class Stack:
         """The tensors of some slots by their names in a state."""
 
         def flat(rows: Rows, which: slice) -> Tensor:
-            return torch.cat([segment[which] for segment in rows], dim=1)
+            return self.objective.layout.join(tuple(segment[which] for segment in rows))
 
         parameters, previous = flat(self.rows, which), flat(self.previous, which)
         found = [
