@@ -54,7 +54,7 @@ class Trainer:
         schedule: of the learning rate, and of momentum for `one_cycle`.
         mode: `auto`, `fused` or `sequential` (one slot after the other).
         most: the greatest width that the measurement may choose.
-        compiles: `on` compiles fused gradients at their first step; `auto` leaves it to `consider_compiling`; `off`.
+        compiles: `on` compiles what slots do fused at its first call; `auto` leaves it to `consider_compiling`; `off`.
         batch_size: that most trials have, for the measurement.
         calibration: what was measured before, to be taken instead of a new measurement.
     """
@@ -114,7 +114,7 @@ class Trainer:
         return self.width - len(self._slots)
 
     def consider_compiling(self, trial_steps: float) -> None:
-        """Compile the fused gradient, if `compiles` is `auto` and what is left to train repays it.
+        """Compile what slots do fused, if `compiles` is `auto` and what is left to train repays it.
 
         It takes a minute or so, in which nothing is trained. What it took and gained is in `calibration` afterwards.
 
