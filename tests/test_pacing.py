@@ -197,4 +197,4 @@ def test_compiling_is_as_the_options_say(sqlite_database, compiles, caplog):
     options = replace(OPTIONS, compiles=compiles, slots=4)
     trainer = Pacing(sqlite_database, submit(sqlite_database), options).make_trainer(quadratic(dim=4), never)
     assert trainer.pace.considers == (compiles == "auto")
-    assert trainer.objective.replay.compiles == ({"gradient", "update"} if compiles == "on" else set())
+    assert trainer.objective.replay.compiles == ({"gradient", "update", "evaluation"} if compiles == "on" else set())
