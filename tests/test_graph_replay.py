@@ -323,6 +323,17 @@ def test_kept_code_is_opened_and_not_made_again(cache, monkeypatch):
     assert mark.read_text().startswith("2 1025 ") and Path(mark.read_text().split(" ")[2]).exists()
 
 
+def test_code_is_kept_where_the_user_says_or_else_in_the_users_cache(cache, monkeypatch):
+    assert compiling.compiled_code() == cache
+    # Torch sets the variable to its own choice as soon as its compiler is imported.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    assert compiling.compiled_code() == cache
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert compiling.compiled_code() == Path("/elsewhere")
+
+
 def test_code_that_serves_one_width_is_asked_for_no_other(cache, monkeypatch):
     task = digits_cnn(channels=2)  # the width is the number of groups of its convolutions, a constant to the compiler
     live, compiled = objective(task, 10**9), objective(task, 0)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import operator
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
     Raises:
         Exception: whatever went wrong, such as a missing C++ compiler.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code()))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code())
     mark = _mark(graph)
     if tensors[0].device.type == "cpu":
         kept = _open(mark)
@@ -70,7 +71,9 @@ def compiled_code() -> Path:
 
     Code for another number of threads is other code, which torch's cache does not tell apart.
     """
-    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    torchs_own = str(Path(tempfile.gettempdir()) / "torchinductor_")  # where it puts its own choice, which lasts a boot
+    if folder and not folder.startswith(torchs_own):
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "momentum-tuner" / f"compiled-{torch.get_num_threads()}"
