@@ -28,8 +28,9 @@ OPTIONAL_HYPERPARAMETERS = frozenset({"dampening", "nesterov", "weight_decay"})
 class Rule:
     """An update rule that trains many slots at once.
 
-    `update(params, grads, moments, hyper, count, out)` writes the update u_t into `out` and returns it, such
-    that theta_t = theta_{t-1} + u_t. All tensors have one floating dtype and one device; none requires grad.
+    `apply(params, grads, moments, prepare(hyper, count), out)` writes the update u_t into `out` and returns it, such
+    that theta_t = theta_{t-1} + u_t. All tensors have one floating dtype and one device; none requires grad. What
+    `prepare` returns are the factors of the formula, [slots, 1] each, which serve all segments of the parameters.
 
     - params, grads: [slots, parameters], left unchanged.
     - moments: [slots, parameters] for each name in `moments`, zero before the first step; updated in place.
@@ -38,15 +39,12 @@ class Rule:
     - count: [slots], the number of this step in its trial, counted from 1.
     - out: [slots, parameters], overwritten; shares no memory with the others.
 
-    It is `apply` with what `prepare` makes of `hyper` and `count`, once for all segments of the parameters: the
-    factors of the formula, [slots, 1] each.
-
     Attributes:
         name: its name in `RULES`.
         moments: names of its state tensors.
         hyperparameters: names of the hyperparameters it reads.
         prepare: from `hyper` and `count`, the factors.
-        apply: the rest of the update.
+        apply: with them, the update.
         lookahead: whether `grads` is to be taken at `lookahead_point(params, velocity, momentum)`.
     """
 
@@ -56,12 +54,6 @@ class Rule:
     prepare: Prepare
     apply: Apply
     lookahead: bool = False
-
-    def update(
-        self, params: Tensor, grads: Tensor, moments: Tensors, hyper: Tensors, count: Tensor, out: Tensor
-    ) -> Tensor:
-        """The update, as said above."""
-        return self.apply(params, grads, moments, self.prepare(hyper, count), out)
 
 
 def lookahead_point(params: Tensor, velocity: Tensor, momentum: Tensor, *, out: Tensor | None = None) -> Tensor:

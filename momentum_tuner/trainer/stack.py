@@ -22,6 +22,7 @@ from momentum_tuner.trainer.update import (
     gradient_norms,
     measures_of,
     move,
+    write_update,
 )
 
 _ROOM = 1 << 16
@@ -180,9 +181,9 @@ class Stack:
         self.torn = True
         for piece in self.slices:
             factors = piece.rule.prepare(self._hyper(piece, rate, cycle), count[piece.rows])
-            segments = (piece.of(stack) for stack in (self.rows, grads, self.update))
-            for i, (params, gradient, out) in enumerate(zip(*segments, strict=True)):
-                piece.rule.apply(params, gradient, {n: m[i] for n, m in piece.moments.items()}, factors, out)
+            write_update(
+                piece.rule, piece.of(self.rows), piece.of(grads), piece.moments, factors, piece.of(self.update)
+            )
         on_cpu = loss.device.type == "cpu"  # where asking costs nothing, as no transfer is needed
         mask = None if on_cpu and bool(standing.active.all()) else ~standing.active[:, None]
         moved = move(self.rows, self.update, self.previous, mask)

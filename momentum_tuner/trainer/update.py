@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,23 @@ def gradient_norms(layout: Layout, grads: Rows, roots: Tensor) -> tuple[Tensor, 
     rms = norms / roots[:, None]
     smallest = torch.where(rms > 0, rms, torch.inf).amin(0)
     return total, rms.amax(0) / smallest
+
+
+def write_update(
+    rule: Rule, rows: Rows, grads: Rows, moments: Mapping[str, Rows], factors: Mapping[str, Tensor], update: Rows
+) -> None:
+    """Let a rule write the update of its slots, segment by segment.
+
+    Args:
+        rule: of all these slots.
+        rows: their parameters.
+        grads: their gradient.
+        moments: the rule's, changed in place.
+        factors: what `rule.prepare` made of the hyperparameters.
+        update: where it is written.
+    """
+    for i, segment in enumerate(rows):
+        rule.apply(segment, grads[i], {name: m[i] for name, m in moments.items()}, factors, update[i])
 
 
 def move(rows: Rows, update: Rows, previous: Rows, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,10 +134,8 @@ class WholeStep:
         norm, ratio = gradient_norms(self.layout, grads, next(rest))
         if max_norm is not None:
             grads = clipped(grads, norm, max_norm)
-        factors = self.rule.prepare(hyper, count)
         update = tuple(torch.empty_like(row) for row in rows)  # needs no memory, compiled
-        for i, row in enumerate(rows):
-            self.rule.apply(row, grads[i], {n: m[i] for n, m in moments.items()}, factors, update[i])
+        write_update(self.rule, rows, grads, moments, self.rule.prepare(hyper, count), update)
         moved = move(rows, update, previous, ~standing.active[:, None])
         for before, segment in zip(previous, update, strict=True):
             before.copy_(segment)
