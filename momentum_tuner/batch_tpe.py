@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -22,17 +23,25 @@ MOST_ABOVE = 400
 """Finished trials of the worse group that its density is made from: with all, a trial's cost grows with the study."""
 _NEWEST = 25
 """So many of the newest have full weight in Optuna's density; they all are among them."""
+_ABOVE_PER_DRAW = 64
+"""With so many trials in the worse group, another one more does not change where to look: two are drawn at once."""
 
 
 @dataclass
 class _Fit:
     """The two groups of trials for some parameters: the density of the better one, the points of the worse one.
 
-    Trials that run count as worse, so that no two trials of a batch are drawn to the same point (constant liar).
+    Most trials that run count as worse, so that no two of a batch are drawn to the same point (constant liar).
+
+    Attributes:
+        below: the density of the better group.
+        above: values of the worse group's trials by parameter, those drawn in this batch among them.
+        drawn: values for the next trials of the batch.
     """
 
     below: _ParzenEstimator
     above: dict[str, NDArray[np.float64]]
+    drawn: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -40,40 +49,42 @@ class TPEMemory:
     """What the samplers of one study's batches hand on: of finished trials, which never change, the best ones.
 
     Attributes:
-        below: the better group of the last batch.
+        below: of them the better group of the last batch.
         ended: numbers of the finished trials that it was chosen from.
+        starting: whether there were too few finished trials to learn from.
     """
 
     below: list[FrozenTrial] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
+    starting: bool = True
 
     def split(
         self, study: optuna.Study, trials: list[FrozenTrial], size: int
     ) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
         """The better and the worse group, each by number, as `_split_trials` makes them, which compares all trials.
 
-        The best of all are among as many of before and those that ended since.
+        The best of all are among as many of before and those that ended since. Running trials that went on from a rung
+        and have reported again count as if they were pruned now: with many slots they are the best there is for long.
         """
         if len(study.directions) > 1:
             return _split_trials(study, trials, size)
-        new = [t for t in trials if t.number not in self.ended]
+        ended = [t for t in trials if t.state.is_finished()]
         if len(self.below) == size:
-            candidates = sorted([*self.below, *new], key=lambda t: t.number)  # those that are alike keep their order
-            below, _ = _split_trials(study, candidates, size)
-            best = {t.number for t in below}
-            above = [t for t in trials if t.number not in best]
-        else:
-            below, above = _split_trials(study, trials, size)
-        self.below = below
-        self.ended.update(t.number for t in new if t.state.is_finished())
-        return below, above
+            ended = [*self.below, *(t for t in ended if t.number not in self.ended)]
+            ended.sort(key=lambda t: t.number)  # those that are alike keep their order
+        self.below, _ = _split_trials(study, ended, size)
+        self.ended.update(t.number for t in trials if t.state.is_finished())
+        promising = [_as_pruned(t) for t in trials if t.state is TrialState.RUNNING and len(t.intermediate_values) > 1]
+        below, _ = _split_trials(study, sorted([*self.below, *promising], key=lambda t: t.number), size)
+        best = {t.number for t in below}
+        return below, [t for t in trials if t.number not in best]
 
 
 class BatchTPESampler(optuna.samplers.TPESampler):
     """TPE with Optuna's defaults for the trials of one batch; a new one is made for the next batch.
 
-    For each trial it draws what Optuna's own sampler draws from the same seed, as long as there are no more than
-    `MOST_ABOVE` trials in the worse group.
+    For each trial it draws what Optuna's own sampler draws from the same seed, as long as the worse group is small: of
+    a large one some trials are left out (`MOST_ABOVE`), and several trials are drawn from one density of it.
 
     Args:
         space: the parameters, known in advance: Optuna would find them in all trials.
@@ -84,7 +95,6 @@ class BatchTPESampler(optuna.samplers.TPESampler):
         super().__init__()
         self._memory = memory or TPEMemory()
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
-        self._starts: bool | None = None
         self._fits: dict[tuple[str, ...], _Fit] = {}
 
     def seeded(self, seed: int) -> Self:
@@ -113,10 +123,10 @@ class BatchTPESampler(optuna.samplers.TPESampler):
 
     def _starting(self, study: optuna.Study) -> bool:
         """Whether there are too few trials to learn from yet."""
-        if self._starts is None:
+        if self._memory.starting:
             told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-            self._starts = len(told) < self._n_startup_trials
-        return self._starts
+            self._memory.starting = len(told) < self._n_startup_trials
+        return self._memory.starting
 
     def _sample(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -125,12 +135,21 @@ class BatchTPESampler(optuna.samplers.TPESampler):
         if key not in self._fits:
             self._fits[key] = self._fit(study, search_space)
         fit = self._fits[key]
-        above = self._parzen_estimator_cls(fit.above, search_space, self._parzen_estimator_parameters)
-        samples = fit.below.sample(self._rng.rng, self._n_ei_candidates)
-        chosen = self._compare(samples, self._compute_acquisition_func(samples, fit.below, above))
-        for name, value in chosen.items():
-            fit.above[name] = np.append(fit.above[name], value)
+        if not fit.drawn:
+            self._draw(fit, search_space)
+        chosen = fit.drawn.pop(0)
         return {name: d.to_external_repr(chosen[name]) for name, d in search_space.items()}
+
+    def _draw(self, fit: _Fit, search_space: dict[str, BaseDistribution]) -> None:
+        """Draw the next trials; each is the best of as many candidates as Optuna draws for one."""
+        above = self._parzen_estimator_cls(fit.above, search_space, self._parzen_estimator_parameters)
+        trials = 1 + len(next(iter(fit.above.values()))) // _ABOVE_PER_DRAW
+        samples = fit.below.sample(self._rng.rng, trials * self._n_ei_candidates)
+        gains = self._compute_acquisition_func(samples, fit.below, above).reshape(trials, -1)
+        best = gains.argmax(axis=1) + np.arange(trials) * self._n_ei_candidates
+        for name, values in samples.items():
+            fit.above[name] = np.append(fit.above[name], values[best])
+        fit.drawn += [{name: values[i].item() for name, values in samples.items()} for i in best]
 
     def _fit(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> _Fit:
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -142,6 +161,13 @@ class BatchTPESampler(optuna.samplers.TPESampler):
             self._build_parzen_estimator(study, search_space, below, handle_below=True),
             self._get_internal_repr(_thinned(above), search_space, study),
         )
+
+
+def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
+    """A running trial as it would be if it were pruned at its last report."""
+    pruned = copy.copy(trial)
+    pruned.state = TrialState.PRUNED
+    return pruned
 
 
 def _thinned(trials: list[FrozenTrial]) -> list[FrozenTrial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.database import Database
-from momentum_tuner.trial_tables import TrialWrites, create_trials, read_trials, write_trials
+from momentum_tuner.trial_tables import TrialWrites, create_trials, ended, read_trials, write_trials
 
-_SHARE = 10.0
+_SHARE = 30.0
 """Trials that run are read again after so many times as long as that took."""
 
 
@@ -40,6 +41,7 @@ class TrialCache(_CachedStorage):
         self._batches = 0
         self._newest: dict[int, int] = {}
         self._due: dict[int, float] = {}
+        self._made: set[int] = set()
         self._fresh = True
 
     @property
@@ -56,7 +58,7 @@ class TrialCache(_CachedStorage):
 
         Args:
             fresh: whether trials that ran when they were read last are read again in any case; otherwise only as often
-                as that takes a tenth of the time. What this process wrote of them it knows, and of many workers each
+                as that takes a thirtieth of the time. What this process wrote of them it knows, and of many workers each
                 would read what all the others do, all the time.
         """
         if self._read is not None:
@@ -78,11 +80,18 @@ class TrialCache(_CachedStorage):
         """Write what the batch has to write; returns the trials that others have finished, whose part is dropped."""
         if not self._writes.trial_ids:
             return set()
+        now = datetime.datetime.now(datetime.UTC)
         with self._database.write() as session:
-            lost = write_trials(session, self._writes)
-            ended = lost | set(self._writes.ends)
-            for study_id in {self._trial_id_to_study_id_and_number[trial_id][0] for trial_id in ended}:
-                self._take(study_id, read_trials(session, study_id, ended, None))
+            lost = write_trials(session, self._writes, now)
+            known = self._made - lost  # nobody else has written to these
+            read = (lost | set(self._writes.ends)) - known
+            for study_id in {self._trial_id_to_study_id_and_number[trial_id][0] for trial_id in read}:
+                self._take(study_id, read_trials(session, study_id, read, None))
+        for trial_id, (state, values) in self._writes.ends.items():
+            if trial_id in known:
+                study_id, number = self._trial_id_to_study_id_and_number[trial_id]
+                self._take(study_id, [ended(self._studies[study_id].trials[number], state, values, now)])
+        self._made.difference_update(lost, self._writes.ends)
         self._writes = TrialWrites()
         return lost
 
@@ -93,6 +102,7 @@ class TrialCache(_CachedStorage):
         with self._lock:
             self._studies.setdefault(study_id, _StudyInfo())
             self._add_trials_to_cache(study_id, made)
+        self._made.update(trial._trial_id for trial in made)
         return made
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
@@ -122,6 +132,7 @@ class TrialCache(_CachedStorage):
         study_id = self._trial_id_to_study_id_and_number[trial_id][0]
         with self._database.read() as session:
             found = read_trials(session, study_id, [trial_id], None)
+        self._made.discard(trial_id)
         with self._lock:
             self._take(study_id, found)
         return self.get_trial(trial_id)

@@ -144,8 +144,8 @@ def create_trials(session: Session, study_id: int, templates: Sequence[FrozenTri
     # Locked as Optuna locks it: numbers are counts.
     session.execute(sa.select(StudyModel.study_id).where(StudyModel.study_id == study_id).with_for_update()).one()
     first = session.scalar(sa.select(sa.func.count()).where(TrialModel.study_id == study_id)) or 0
-    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-    common = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": now}
+    now = datetime.datetime.now(datetime.UTC)
+    common = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": _stored(now)}
     numbers = range(first, first + len(templates))
     session.connection().execute(sa.insert(TrialModel.__table__), [common | {"number": number} for number in numbers])
     mine = (TrialModel.study_id == study_id, TrialModel.number >= first)
@@ -153,21 +153,32 @@ def create_trials(session: Session, study_id: int, templates: Sequence[FrozenTri
     writes, trials = TrialWrites(), []
     for trial_id, number, template in zip(ids, numbers, templates, strict=True):
         trial = copy.copy(template)
-        trial._trial_id, trial.number, trial.datetime_start = trial_id, number, _local(now)
+        trial._trial_id, trial.number, trial.datetime_start = trial_id, number, _local(_stored(now))
         trials.append(trial)
         for name, distribution in trial.distributions.items():
             writes.params[trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
         writes.user_attrs |= {(trial_id, key): value for key, value in trial.user_attrs.items()}
-    write_trials(session, writes)
+    write_trials(session, writes, now)
     return trials
 
 
-def write_trials(session: Session, writes: TrialWrites) -> set[int]:
+def ended(
+    trial: FrozenTrial, state: TrialState, values: Sequence[float] | None, now: datetime.datetime
+) -> FrozenTrial:
+    """A trial as the database has it once it has ended."""
+    changed = copy.copy(trial)
+    changed.state, changed.values = state, None if values is None else list(values)
+    changed.datetime_complete = _local(_stored(now))
+    return changed
+
+
+def write_trials(session: Session, writes: TrialWrites, now: datetime.datetime) -> set[int]:
     """Write to running trials; returns those that are not running any more: nothing is written to these.
 
     Args:
         session: a transaction that writes.
         writes: what.
+        now: when those end that end.
     """
     running: set[int] = set()
     for part in _parts(writes.trial_ids):
@@ -208,11 +219,10 @@ def write_trials(session: Session, writes: TrialWrites) -> set[int]:
             values.append({"trial_id": t, "objective": objective, "value": number, "value_type": finite})
     _put(session, TrialValueModel, values)
     if ends:
-        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
         table = TrialModel.__table__
-        ended = sa.update(table).where(table.c.trial_id == sa.bindparam("t"))
+        statement = sa.update(table).where(table.c.trial_id == sa.bindparam("t"))
         session.connection().execute(
-            ended.values(state=sa.bindparam("s"), datetime_complete=now),
+            statement.values(state=sa.bindparam("s"), datetime_complete=_stored(now)),
             [{"t": t, "s": state} for t, (state, _) in ends.items()],
         )
     return set(writes.trial_ids) - running
@@ -249,6 +259,11 @@ def _distribution(text: str) -> BaseDistribution:
     return json_to_distribution(text)
 
 
+def _stored(time: datetime.datetime) -> datetime.datetime:
+    """As Optuna stores it: UTC, without saying so."""
+    return time.astimezone(datetime.UTC).replace(tzinfo=None)
+
+
 def _local(time: datetime.datetime | None) -> datetime.datetime | None:
-    """Optuna stores UTC, and shows local time; neither says so."""
+    """As Optuna shows it: local time, without saying so."""
     return None if time is None else time.replace(tzinfo=datetime.UTC).astimezone().replace(tzinfo=None)

@@ -202,6 +202,33 @@ def test_a_batch_within_a_batch_is_written_at_its_own_end_and_what_it_told_is_se
     assert search._backend._get_trials(study_id, None, set(), -1)[1].intermediate_values == {1: 0.25}
 
 
+def test_what_has_ended_is_kept_as_the_database_has_it(search, database):
+    """Of trials of its own a cache knows what it wrote; those that others wrote to, it reads again."""
+    other = Search(database, search.spec, worker_seed=1)
+    asked = search.ask_all("momentum", [(ticket, None) for ticket in range(5)])
+    theirs = other.ask("momentum", 5)
+    other.report("momentum", asked[3].trial_id, 1, 0.7)
+    other.tell("momentum", asked[4].trial_id, "complete", 0.6)
+    with search.batch():
+        search.reported("momentum", asked[3].trial_id)
+    with search.batch(False):
+        for trial in (*asked, theirs):
+            search.report("momentum", trial.trial_id, 3, 0.5)
+            search.should_prune("momentum", trial.trial_id)
+        search.tell("momentum", asked[0].trial_id, "complete", 0.5)
+        search.tell("momentum", asked[1].trial_id, "pruned", 0.5)
+        search.tell("momentum", asked[2].trial_id, "diverged", 2.3)
+        search.tell("momentum", asked[3].trial_id, "failed", None)
+        search.tell("momentum", asked[4].trial_id, "complete", 0.5)
+        search.tell("momentum", theirs.trial_id, "complete", 0.5)
+    study = search._study("momentum")
+    kept = study.get_trials(deepcopy=False)
+    assert [t.state.name for t in kept] == ["COMPLETE", "PRUNED", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert kept == search._backend.get_all_trials(study._study_id)
+    assert kept[3].intermediate_values == {1: 0.7, 3: 0.5} and kept[4].values == [0.6]
+    other.close()
+
+
 def test_running_trials_of_others_are_read_again_only_now_and_then_if_that_is_enough(search, database, monkeypatch):
     other = Search(database, search.spec, worker_seed=1)
     asked = other.ask("momentum", 1)
