@@ -58,8 +58,8 @@ class TrialCache(_CachedStorage):
 
         Args:
             fresh: whether trials that ran when they were read last are read again in any case; otherwise only as often
-                as that takes a thirtieth of the time. What this process wrote of them it knows, and of many workers each
-                would read what all the others do, all the time.
+                as that takes a thirtieth of the time. What this process wrote of them it knows, and of many workers
+                each would read what all the others do, all the time.
         """
         if self._read is not None:
             yield

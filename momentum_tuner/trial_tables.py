@@ -162,9 +162,7 @@ def create_trials(session: Session, study_id: int, templates: Sequence[FrozenTri
     return trials
 
 
-def ended(
-    trial: FrozenTrial, state: TrialState, values: Sequence[float] | None, now: datetime.datetime
-) -> FrozenTrial:
+def ended(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None, now: datetime.datetime) -> FrozenTrial:
     """A trial as the database has it once it has ended."""
     changed = copy.copy(trial)
     changed.state, changed.values = state, None if values is None else list(values)
