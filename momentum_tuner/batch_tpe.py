@@ -19,6 +19,8 @@ from optuna.samplers._tpe.sampler import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from momentum_tuner.parzen import ParzenEstimator
+
 MOST_ABOVE = 400
 """Finished trials of the worse group that its density is made from: with all, a trial's cost grows with the study."""
 _NEWEST = 25
@@ -93,6 +95,7 @@ class BatchTPESampler(optuna.samplers.TPESampler):
 
     def __init__(self, space: Mapping[str, BaseDistribution], memory: TPEMemory | None = None) -> None:
         super().__init__()
+        self._parzen_estimator_cls = ParzenEstimator
         self._memory = memory or TPEMemory()
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._fits: dict[tuple[str, ...], _Fit] = {}

@@ -9,11 +9,13 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma
+from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator, _ParzenEstimatorParameters
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_weights
 from optuna.trial import TrialState, create_trial
 
 from momentum_tuner import batch_tpe
 from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
+from momentum_tuner.parzen import ParzenEstimator
 
 PLANE = {
     "learning_rate": FloatDistribution(1e-4, 1.0, log=True),
@@ -69,6 +71,27 @@ def test_the_trials_of_a_batch_are_those_that_optuna_draws_one_by_one(space, cou
         batch.sampler.seeded(seed)
         single.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         assert batch.ask(space).params == pytest.approx(single.ask(space).params, rel=1e-9)
+
+
+@pytest.mark.parametrize("kernels", [0, 1, 25, 400])
+def test_densities_and_draws_are_those_of_optunas_estimator(kernels):
+    space = {**PLANE, "dampening": FloatDistribution(-1.0, 2.0)}
+    generator = np.random.default_rng(kernels)
+    points = {
+        "learning_rate": 10.0 ** generator.uniform(-4, 0, kernels),
+        "one_minus_momentum": 10.0 ** generator.uniform(-3, 0, kernels),
+        "dampening": generator.uniform(-1.0, 2.0, kernels),
+    }
+    if kernels:  # a kernel at a corner, one on another
+        points = {name: np.append(values, [space[name].high, values[0]]) for name, values in points.items()}
+    parameters = _ParzenEstimatorParameters(1.0, True, False, default_weights, multivariate=True)
+    theirs, ours = (kind(points, space, parameters) for kind in (_ParzenEstimator, ParzenEstimator))
+    expected = theirs.sample(np.random.RandomState(0), 500)
+    drawn = ours.sample(np.random.RandomState(0), 500)
+    for name, d in space.items():
+        assert drawn[name] == pytest.approx(expected[name], rel=1e-9)
+        assert d.low <= drawn[name].min() <= drawn[name].max() <= d.high * (1 + 1e-12)
+    assert ours.log_pdf(drawn) == pytest.approx(theirs.log_pdf(expected), rel=1e-9, abs=1e-9)
 
 
 def test_a_thinned_group_has_all_that_run_and_the_newest_and_is_spread_over_the_rest(monkeypatch):
