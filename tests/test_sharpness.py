@@ -448,9 +448,9 @@ def test_a_model_whose_fused_hessian_is_wrong_is_measured_one_slot_at_a_time(cap
     assert "one slot at a time: ArithmeticError: the fused Hessian differs from the solo one by 50.0%" in caplog.text
 
 
-@pytest.mark.parametrize(("room", "tried"), [(3, [4, 2, 2, 2]), (1, [4, 2, 1, 1, 1, 1, 1, 1]), (0, None)])
+@pytest.mark.parametrize(("room", "tried"), [(3, [4, 2, 2, 2]), (1, [4, 2]), (0, None)])
 def test_without_memory_fewer_slots_are_measured_at_once(room, tried, caplog, monkeypatch):
-    """No real memory can be full here, so the loss says that it is."""
+    """No real memory can be full here, so the loss says that it is. A slot alone is measured without vmap."""
     trainer = trained(make_task(), [sgd(10 ** -(1 + i % 3), seed=i) for i in range(6)])
     expected = trainer.sharpness(trainer.keys)
     again = Trainer(make_task(), epochs=2, slots=6, mode="fused", precision="float64")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TOLERANCE = 0.005
+TOLERANCE = 0.01
 """No eigenvalue is larger than the one found by more than this share of it, but with the probability `MISS`."""
 MISS = 0.01
 MOST_PRODUCTS = 200

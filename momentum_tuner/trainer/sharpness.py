@@ -87,9 +87,10 @@ class Sharpness:
             self._batch = self._data.sample(EXAMPLES)
             self._most = max(1, EXAMPLES_AT_ONCE // count_examples(self._batch.tensors))
         some = rest[: self.at_once]
-        multiply = hessian(self._objective, some, self._batch, self._fused)
+        fused = self._fused and len(some) > 1
+        multiply = hessian(self._objective, some, self._batch, fused)
         rows = some[0].tensors["parameters"].expand(len(some), -1)
-        if self._fused and not self._checked:
+        if fused and not self._checked:
             self._check(multiply, rows, some[0], self._batch)
         values = largest_eigenvalues(multiply, rows, pause)
         if values is None:
