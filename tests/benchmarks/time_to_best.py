@@ -8,7 +8,8 @@ Run by hand; nothing is asserted, as times are the machine's:
     python tests/benchmarks/time_to_best.py --find digits_mlp --trials 1000
 
 The ways are those of `study.py`, without a bound on the trials; each run has a sampler's seed of its own, and ends when
-it is there, or at `--limit` seconds: then it counts as slower than that. What counts is the time at which the way's own
+it is there, or at `--limit` seconds: then it counts as slower than that. Once more than half of a way's runs are
+slower, its median is known to be, and the rest is left out. What counts is the time at which the way's own
 store has the validation loss of an epoch that is near enough (the objective of a trial is its best epoch). The loss of
 a setting is the same for all ways, as initial weights and order of the data are (`peers.py`).
 
@@ -51,7 +52,8 @@ FIND_SEED = 999
 class Row:
     """Seconds of one way; infinite where it was not there within the limit.
 
-    `ratio` is over momentum-tuner's median, if that is finite.
+    `median` and `ratio` are `at_least` that where a run of those in the middle was not there. `ratio` is over
+    momentum-tuner's median, if that is known.
     """
 
     task: str
@@ -60,6 +62,7 @@ class Row:
     limit: float
     seconds: list[float]
     median: float
+    at_least: bool
     ratio: float | None
 
 
@@ -128,17 +131,23 @@ def table_of(task: str, rows: list[Row]) -> Table:
         table.add_column(name, justify="right")
     for row in rows:
         there = sum(math.isfinite(s) for s in row.seconds)
-        shown = [shown_seconds(s, row.limit) for s in (row.median, min(row.seconds), max(row.seconds))]
-        ratio = "-"
-        if row.ratio is not None:
-            ratio = f"{row.ratio:.1f}" if math.isfinite(row.median) else f"> {row.ratio:.1f}"
-        table.add_row(row.way, *shown, f"{there}/{len(row.seconds)}", ratio)
+        more = "> " if row.at_least else ""
+        ends = [shown_seconds(s, row.limit) for s in (min(row.seconds), max(row.seconds))]
+        ratio = "-" if row.ratio is None else f"{more}{row.ratio:.1f}"
+        table.add_row(row.way, f"{more}{row.median:.1f} s", *ends, f"{there}/{len(row.seconds)}", ratio)
     return table
 
 
-def ratio_of(seconds: float, ours: float, limit: float) -> float | None:
-    """How many times as long as ours something took, at least; None if ours was not there within the limit."""
-    return min(seconds, limit) / ours if math.isfinite(ours) else None
+def median_of(seconds: list[float], runs: int, limit: float) -> tuple[float, bool]:
+    """The median over so many runs, and whether it is only known to be above that; those left out are over the limit."""
+    all_of_them = sorted(seconds + [math.inf] * (runs - len(seconds)))
+    middle = all_of_them[(runs - 1) // 2 : runs // 2 + 1]
+    return statistics.fmean(min(s, limit) for s in middle), math.inf in middle
+
+
+def is_over(seconds: list[float], runs: int) -> bool:
+    """Whether the median over so many runs is above the limit, whatever those take that are left."""
+    return 2 * sum(map(math.isinf, seconds)) > runs
 
 
 def shown_seconds(seconds: float, limit: float) -> str:
@@ -176,15 +185,17 @@ def main() -> None:
         least = best
         for seed in range(asked.seeds):  # in turns, as the machine may change
             for way, found in seconds.items():
+                if is_over(found, asked.seeds):
+                    continue
                 with out.aside.status(f"{task}, {way}, seed {seed}"):
                     took, came_to = seconds_to(way, task, seed, NEAR * best, asked.limit)
                 found.append(took)
                 least = min(least, came_to or math.inf)
                 out.aside.print(f"{task}, {way}, seed {seed}: {shown_seconds(took, asked.limit)}, best {came_to}")
-        medians = {way: statistics.median(found) for way, found in seconds.items()}
-        ours = medians.get("momentum-tuner", math.inf)
+        medians = {way: median_of(found, asked.seeds, asked.limit) for way, found in seconds.items()}
+        ours, unknown = medians.get("momentum-tuner", (math.inf, True))
         mine = [
-            Row(task, way, best, asked.limit, found, medians[way], ratio_of(medians[way], ours, asked.limit))
+            Row(task, way, best, asked.limit, found, *medians[way], None if unknown else medians[way][0] / ours)
             for way, found in seconds.items()
         ]
         out.table(table_of(task, mine))
