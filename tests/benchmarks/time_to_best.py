@@ -139,7 +139,7 @@ def table_of(task: str, rows: list[Row]) -> Table:
 
 
 def median_of(seconds: list[float], runs: int, limit: float) -> tuple[float, bool]:
-    """The median over so many runs, and whether it is only known to be above that; those left out are over the limit."""
+    """The median over so many runs, and whether only that it is above is known; those left out are over the limit."""
     all_of_them = sorted(seconds + [math.inf] * (runs - len(seconds)))
     middle = all_of_them[(runs - 1) // 2 : runs // 2 + 1]
     return statistics.fmean(min(s, limit) for s in middle), math.inf in middle
