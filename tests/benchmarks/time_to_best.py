@@ -38,10 +38,8 @@ from output import Output, at_least, command_line
 from peers import HERE, MANY, SUBJECTS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from study import WAYS, best_of
+from study import KNOWN, NEAR, WAYS, losses_of
 
-KNOWN = HERE / "best_known.json"
-NEAR = 1.01
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 20.0
 FIND_SEED = 999
@@ -87,7 +85,7 @@ def seconds_to(way: str, task: str, seed: int, wanted: float, limit: float) -> t
         process.wait()
         best = None
         with suppress(sqlite3.OperationalError, TypeError, ValueError):
-            best = best_of(way, Path(folder))
+            best = min(losses_of(way, Path(folder)))
     took = found - begun
     return (took if took <= limit else math.inf), best
 
@@ -119,7 +117,7 @@ def find(task: str, trials: int) -> float:
         command = [sys.executable, str(HERE / "peers.py"), "momentum-tuner-whole", task, folder]
         command += [str(trials), str(FIND_SEED)]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        return best_of("momentum-tuner", Path(folder))
+        return min(losses_of("momentum-tuner", Path(folder)))
 
 
 def table_of(task: str, rows: list[Row]) -> Table:
