@@ -33,7 +33,8 @@ class ParzenEstimator(_ParzenEstimator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if all(isinstance(d, _CONTINUOUS) for d in self._mixture_distribution.distributions):
-            self._mixture_distribution = _Kernels.of(self._mixture_distribution)
+            kernels: Any = _Kernels.of(self._mixture_distribution)
+            self._mixture_distribution = kernels
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _Kernels:
     @classmethod
     def of(cls, mixture: _MixtureOfProductDistribution) -> _Kernels:
         """Optuna's mixture in this form."""
-        parts = mixture.distributions
+        parts: list[Any] = mixture.distributions
         return cls(
             weights=mixture.weights,
             logarithmic=np.array([d.is_log for d in parts]),
@@ -78,7 +79,8 @@ class _Kernels:
         until = below + shares * (1.0 - below - above)
         points = centres + widths * _inverse_ndtr(np.clip(until, _LEAST, 1.0 - 2.0**-53)).astype(np.float64)
         points = np.clip(points, self.low, self.high)
-        return np.where(self.logarithmic, np.exp(points), points)
+        drawn: NDArray[np.float64] = np.where(self.logarithmic, np.exp(points), points)
+        return drawn
 
     def log_pdf(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """The density's logarithm at `x`, `[points, parameters]`, which lie within the bounds."""
@@ -92,4 +94,5 @@ class _Kernels:
         logs += constants + np.log(self.weights)
         largest = logs.max(axis=1)
         logs -= largest[:, None]
-        return np.log(np.exp(logs, out=logs).sum(axis=1)) + largest
+        found: NDArray[np.float64] = np.log(np.exp(logs, out=logs).sum(axis=1)) + largest
+        return found

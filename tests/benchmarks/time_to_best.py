@@ -72,17 +72,19 @@ def seconds_to(way: str, task: str, seed: int, wanted: float, limit: float) -> t
         with Path(folder, "log").open("w") as log:
             process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         found = math.inf
-        while found == math.inf and time.time() < begun + limit:
-            time.sleep(LOOK_SECONDS)
-            found = reached(way, Path(folder), wanted)
-            if process.poll() is not None:
-                raise RuntimeError(Path(folder, "log").read_text())
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while found == math.inf and time.time() < begun + limit:
+                time.sleep(LOOK_SECONDS)
+                found = reached(way, Path(folder), wanted)
+                if process.poll() is not None:
+                    raise RuntimeError(Path(folder, "log").read_text())
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        finally:  # nothing of it may run beside the next
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         best = None
         with suppress(sqlite3.OperationalError, TypeError, ValueError):
             best = min(losses_of(way, Path(folder)))
@@ -168,6 +170,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print."""
     asked = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.update({"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     out = Output(asked.json)
