@@ -93,11 +93,16 @@ def tune_with_optuna(subject: Subject, pruner: str, folder: str, trials: int, se
                     raise optuna.TrialPruned
         return best
 
+    pruners = {
+        "median": optuna.pruners.MedianPruner(),
+        "hyperband": optuna.pruners.HyperbandPruner(),
+        "whole": optuna.pruners.NopPruner(),
+    }
     study = optuna.create_study(
         study_name="study",
         storage=f"sqlite:///{folder}/optuna.db",
         sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=optuna.pruners.MedianPruner() if pruner == "median" else optuna.pruners.HyperbandPruner(),
+        pruner=pruners[pruner],
         load_if_exists=True,
     )
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)

@@ -13,6 +13,7 @@ per core with one thread each (`peers.py`).
 - optuna-median, optuna-hyperband: a loop as the documentations of Optuna and MLflow teach it. The processes share a
   study in one SQLite file, `MaxTrialsCallback` holds the budget, each epoch is reported, and logged to a run in an
   MLflow on SQLite. Training is the plain loop, data in memory.
+- momentum-tuner-whole, optuna-whole: the same without pruning, if asked for.
 - ray-asha: Ray Tune with ASHA and random search, the same loop as its trainable, one CPU per trial. No MLflow. It takes
   seconds for a trial: `--ray-trials` gives it fewer, and then seconds per trial are compared.
 
@@ -37,7 +38,8 @@ from peers import HERE, SUBJECTS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-WAYS = ("momentum-tuner", "optuna-median", "optuna-hyperband", "ray-asha")
+USUAL = ("momentum-tuner", "optuna-median", "optuna-hyperband", "ray-asha")
+WAYS = (*USUAL, "momentum-tuner-whole", "optuna-whole")
 KNOWN = HERE / "best_known.json"
 NEAR = 1.01
 
@@ -68,14 +70,20 @@ def measure(way: str, task: str, trials: int) -> tuple[float, list[float]]:
         return seconds, losses_of(way, Path(folder))
 
 
+def is_ours(way: str) -> bool:
+    """Whether a way is momentum-tuner's."""
+    return way.startswith("momentum-tuner")
+
+
 def losses_of(way: str, folder: Path) -> list[float]:
     """The least validation loss in the record of each trial."""
     if way == "ray-asha":
         records = [file.read_text().splitlines() for file in folder.glob("**/result.json")]
         return [min(float(json.loads(line)["valid_loss"]) for line in lines) for lines in records if lines]
-    file, query = {
-        "momentum-tuner": ("study.db", "SELECT MIN(valid_loss) FROM epochs GROUP BY ticket_id"),
-    }.get(way, ("mlflow.db", "SELECT MIN(value) FROM metrics WHERE key = 'valid_loss' GROUP BY run_uuid"))
+    if is_ours(way):
+        file, query = "study.db", "SELECT MIN(valid_loss) FROM epochs GROUP BY ticket_id"
+    else:
+        file, query = "mlflow.db", "SELECT MIN(value) FROM metrics WHERE key = 'valid_loss' GROUP BY run_uuid"
     with sqlite3.connect(folder / file) as connection:
         return [float(loss) for (loss,) in connection.execute(query) if loss is not None]
 
@@ -97,7 +105,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
     parser.add_argument("--task", choices=SUBJECTS, default="digits_mlp")
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=USUAL)
     parser.add_argument("--trials", type=at_least(int, 1), default=192)
     parser.add_argument("--ray-trials", type=at_least(int, 1), default=None, help="of Ray Tune, if not as many")
     return parser.parse_args()

@@ -38,7 +38,7 @@ from output import Output, at_least, command_line
 from peers import HERE, MANY, SUBJECTS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from study import KNOWN, NEAR, WAYS, losses_of
+from study import KNOWN, NEAR, USUAL, WAYS, is_ours, losses_of
 
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 20.0
@@ -51,7 +51,8 @@ class Row:
     """Seconds of one way; infinite where it was not there within the limit.
 
     `median` and `ratio` are `at_least` that where a run of those in the middle was not there. `ratio` is over
-    momentum-tuner's median, if that is known.
+    momentum-tuner's median, if that is known. `mean` is the time of all runs over how many were there, as of something
+    that comes by chance; None if none was.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Row:
     median: float
     at_least: bool
     ratio: float | None
+    mean: float | None
 
 
 def seconds_to(way: str, task: str, seed: int, wanted: float, limit: float) -> tuple[float, float | None]:
@@ -98,9 +100,10 @@ def reached(way: str, folder: Path, wanted: float) -> float:
         lines = (line for file in folder.glob("**/result.json") for line in file.read_text().splitlines())
         results = [json.loads(line) for line in lines]
         return min((float(r["timestamp"]) for r in results if r["valid_loss"] <= wanted), default=math.inf)
-    file, query = {
-        "momentum-tuner": ("study.db", "SELECT MIN(recorded_at) FROM epochs WHERE valid_loss <= ?"),
-    }.get(way, ("mlflow.db", "SELECT MIN(timestamp) / 1000.0 FROM metrics WHERE key = 'valid_loss' AND value <= ?"))
+    if is_ours(way):
+        file, query = "study.db", "SELECT MIN(recorded_at) FROM epochs WHERE valid_loss <= ?"
+    else:
+        file, query = "mlflow.db", "SELECT MIN(timestamp) / 1000.0 FROM metrics WHERE key = 'valid_loss' AND value <= ?"
     if not (folder / file).exists():
         return math.inf
     with suppress(sqlite3.OperationalError):  # its tables are not made yet, or it is being written
@@ -127,14 +130,15 @@ def table_of(task: str, rows: list[Row]) -> Table:
     title = f"{task}: within 1% of {rows[0].best_known:.5f}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("way")
-    for name in ("median", "fastest", "slowest", "there", "times ours"):
+    for name in ("median", "fastest", "slowest", "there", "mean", "times ours"):
         table.add_column(name, justify="right")
     for row in rows:
         there = sum(math.isfinite(s) for s in row.seconds)
         more = "> " if row.at_least else ""
         ends = [shown_seconds(s, row.limit) for s in (min(row.seconds), max(row.seconds))]
+        mean = "-" if row.mean is None else f"{row.mean:.1f} s"
         ratio = "-" if row.ratio is None else f"{more}{row.ratio:.1f}"
-        table.add_row(row.way, f"{more}{row.median:.1f} s", *ends, f"{there}/{len(row.seconds)}", ratio)
+        table.add_row(row.way, f"{more}{row.median:.1f} s", *ends, f"{there}/{len(row.seconds)}", mean, ratio)
     return table
 
 
@@ -143,6 +147,12 @@ def median_of(seconds: list[float], runs: int, limit: float) -> tuple[float, boo
     all_of_them = sorted(seconds + [math.inf] * (runs - len(seconds)))
     middle = all_of_them[(runs - 1) // 2 : runs // 2 + 1]
     return statistics.fmean(min(s, limit) for s in middle), math.inf in middle
+
+
+def mean_of(seconds: list[float], limit: float) -> float | None:
+    """Seconds of all runs, those that were not there too, over how many were there."""
+    there = sum(map(math.isfinite, seconds))
+    return sum(min(s, limit) for s in seconds) / there if there else None
 
 
 def is_over(seconds: list[float], runs: int) -> bool:
@@ -159,7 +169,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
     parser.add_argument("--task", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS[:3])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=USUAL[:3])
     parser.add_argument("--seeds", type=at_least(int, 1), default=10, help="runs of each way")
     parser.add_argument("--limit", type=at_least(float, 1.0), default=120.0, help="seconds of a run")
     parser.add_argument("--find", choices=SUBJECTS, help="look for the best objective of this task, and note it")
@@ -196,7 +206,16 @@ def main() -> None:
         medians = {way: median_of(found, asked.seeds, asked.limit) for way, found in seconds.items()}
         ours, unknown = medians.get("momentum-tuner", (math.inf, True))
         mine = [
-            Row(task, way, best, asked.limit, found, *medians[way], None if unknown else medians[way][0] / ours)
+            Row(
+                task,
+                way,
+                best,
+                asked.limit,
+                found,
+                *medians[way],
+                None if unknown else medians[way][0] / ours,
+                mean_of(found, asked.limit),
+            )
             for way, found in seconds.items()
         ]
         out.table(table_of(task, mine))
