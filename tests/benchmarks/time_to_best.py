@@ -129,7 +129,7 @@ def table_of(task: str, rows: list[Row]) -> Table:
     """The rows of a task as a person reads them."""
     title = f"{task}: within 1% of {rows[0].best_known:.5f}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("way")
+    table.add_column("way", min_width=max(len(row.way) for row in rows))
     for name in ("median", "fastest", "slowest", "there", "mean", "times ours"):
         table.add_column(name, justify="right")
     for row in rows:
