@@ -20,8 +20,8 @@ from optuna.samplers._tpe.probability_distributions import (
 _CONTINUOUS = (_BatchedTruncNormDistributions, _BatchedTruncLogNormDistributions)
 _LOG_SQRT_2_PI = 0.5 * math.log(2.0 * math.pi)
 _inverse_ndtr = np.frompyfunc(NormalDist().inv_cdf, 1, 1)
-_LEAST = 2.0**-60
-"""Of the share of a normal distribution below a point, which is less than 1 by as much as a float can be."""
+_LEAST, _MOST = 2.0**-60, 1.0 - 2.0**-53
+"""Shares of a normal distribution below a point: at 0 and 1 the point is infinite."""
 
 
 class ParzenEstimator(_ParzenEstimator):
@@ -77,7 +77,7 @@ class _Kernels:
         shares = rng.uniform(size=centres.T.shape).T  # parameter by parameter, as Optuna draws them
         below, above = _ndtr((self.low - centres) / widths), _ndtr((centres - self.high) / widths)
         until = below + shares * (1.0 - below - above)
-        points = centres + widths * _inverse_ndtr(np.clip(until, _LEAST, 1.0 - 2.0**-53)).astype(np.float64)
+        points = centres + widths * _inverse_ndtr(np.clip(until, _LEAST, _MOST)).astype(np.float64)
         points = np.clip(points, self.low, self.high)
         drawn: NDArray[np.float64] = np.where(self.logarithmic, np.exp(points), points)
         return drawn

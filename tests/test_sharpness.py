@@ -448,6 +448,26 @@ def test_a_model_whose_fused_hessian_is_wrong_is_measured_one_slot_at_a_time(cap
     assert "one slot at a time: ArithmeticError: the fused Hessian differs from the solo one by 50.0%" in caplog.text
 
 
+def test_an_error_of_a_slot_alone_says_nothing_of_fused_ones(caplog, monkeypatch):
+    trainer = trained(make_task(), three_seeds())
+    expected = trainer.sharpness(trainer.keys)
+    asked = []
+    right = Objective.smooth_loss
+
+    def failing(self, rows, buffers, data, fused):
+        asked.append((len(rows), fused))
+        if len(rows) == 1 and len(asked) == 1:
+            raise ValueError("a slot alone fails")
+        return right(self, rows, buffers, data, fused)
+
+    monkeypatch.setattr(Objective, "smooth_loss", failing)
+    alone = trainer.keys[0]
+    assert trainer.sharpness([alone]) == {alone: None}
+    assert [r.message for r in caplog.records] == ["a trial has no sharpness: ValueError: a slot alone fails"]
+    assert trainer.sharpness(trainer.keys) == pytest.approx(expected, rel=1e-6)
+    assert asked == [(1, False), (3, True)]
+
+
 @pytest.mark.parametrize(("room", "tried"), [(3, [4, 2, 2, 2]), (1, [4, 2]), (0, None)])
 def test_without_memory_fewer_slots_are_measured_at_once(room, tried, caplog, monkeypatch):
     """No real memory can be full here, so the loss says that it is. A slot alone is measured without vmap."""

@@ -73,7 +73,7 @@ class Sharpness:
                 free_memory()
             if no_memory and slots > 1:
                 self._most = slots // 2
-            elif self._fused and not no_memory:
+            elif slots > 1:
                 logger.info("sharpness is measured one slot at a time: %s", reason)
                 self._fused = False
             else:
@@ -87,7 +87,7 @@ class Sharpness:
             self._batch = self._data.sample(EXAMPLES)
             self._most = max(1, EXAMPLES_AT_ONCE // count_examples(self._batch.tensors))
         some = rest[: self.at_once]
-        fused = self._fused and len(some) > 1
+        fused = len(some) > 1  # a slot alone takes less time without vmap
         multiply = hessian(self._objective, some, self._batch, fused)
         rows = some[0].tensors["parameters"].expand(len(some), -1)
         if fused and not self._checked:
