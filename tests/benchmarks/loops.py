@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peers import BATCH_SIZE
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from momentum_tuner import tasks
@@ -89,6 +89,14 @@ def minibatches(task: Task, generator: torch.Generator | None = None) -> Iterato
     order = torch.randperm(len(task.train), generator=generator)
     order = order[: min(steps, task.steps_per_epoch or steps) * BATCH_SIZE]
     yield from zip(*(torch.split(t[order], BATCH_SIZE) for t in task.train.tensors), strict=True)
+
+
+def loaded(task: Task, generator: torch.Generator | None = None) -> Iterator[list[Tensor]]:
+    """The same minibatches out of a data loader; without a generator the validation set, as one batch."""
+    if generator is None:
+        return iter(DataLoader(task.valid, len(task.valid)))
+    order = torch.randperm(len(task.train), generator=generator).tolist()
+    return iter(DataLoader(task.train, BATCH_SIZE, sampler=order, drop_last=True))
 
 
 def trainer_loop(trainer: Trainer) -> Loop:

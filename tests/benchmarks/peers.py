@@ -44,10 +44,20 @@ SUBJECTS = {
 }
 
 
-def validation_losses(subject: Subject, learning_rate: float, momentum: float) -> Iterator[float]:
-    """Train epoch by epoch with the plain loop; the validation loss after each."""
+def validation_losses(
+    subject: Subject, learning_rate: float, momentum: float, as_example: bool = False
+) -> Iterator[float]:
+    """Train epoch by epoch with the plain loop; the validation loss after each.
+
+    Args:
+        subject: what to train.
+        learning_rate: of SGD.
+        momentum: of Nesterov's kind.
+        as_example: with data loaders and the optimizer's default kernel, as Optuna's example for PyTorch has them. Else
+            from memory and with the fused kernel, which is the fastest.
+    """
     import torch
-    from loops import minibatches
+    from loops import loaded, minibatches
 
     from momentum_tuner import tasks
     from momentum_tuner.trainer.randomness import mix_seed
@@ -56,22 +66,26 @@ def validation_losses(subject: Subject, learning_rate: float, momentum: float) -
     task = getattr(tasks, subject.task)(**subject.params)
     torch.manual_seed(SEED)
     model = task.model()
-    nesterov = momentum > 0.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=True)
+    nesterov, fused = momentum > 0.0, None if as_example else True
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=fused
+    )
     for epoch in range(1, EPOCHS + 1):
         model.train()
-        for batch in minibatches(task, torch.Generator().manual_seed(mix_seed(SEED, epoch))):
+        generator = torch.Generator().manual_seed(mix_seed(SEED, epoch))
+        for batch in loaded(task, generator) if as_example else minibatches(task, generator):
             optimizer.zero_grad(set_to_none=True)
             task.loss(model, batch).backward()
             optimizer.step()
         model.eval()
+        (valid,) = loaded(task) if as_example else [task.valid.tensors]
         with torch.no_grad():
-            loss = task.loss(model, task.valid.tensors).item()
+            loss = task.loss(model, valid).item()
         yield loss if math.isfinite(loss) else 1e6
 
 
-def tune_with_optuna(subject: Subject, pruner: str, folder: str, trials: int, seed: int) -> None:
-    """One of the processes of the Optuna and MLflow loop."""
+def tune_with_optuna(subject: Subject, loop: str, folder: str, trials: int, seed: int) -> None:
+    """One of the processes of the Optuna and MLflow loop; `loop` is its pruner, or `example`."""
     import mlflow
     import optuna
 
@@ -85,7 +99,8 @@ def tune_with_optuna(subject: Subject, pruner: str, folder: str, trials: int, se
         best = math.inf
         with mlflow.start_run(run_name=f"trial-{trial.number}"):
             mlflow.log_params(trial.params)
-            for epoch, loss in enumerate(validation_losses(subject, learning_rate, 1.0 - rest), start=1):
+            losses = validation_losses(subject, learning_rate, 1.0 - rest, as_example=loop == "example")
+            for epoch, loss in enumerate(losses, start=1):
                 best = min(best, loss)
                 mlflow.log_metric("valid_loss", loss, step=epoch)
                 trial.report(loss, epoch)
@@ -95,6 +110,7 @@ def tune_with_optuna(subject: Subject, pruner: str, folder: str, trials: int, se
 
     pruners = {
         "median": optuna.pruners.MedianPruner(),
+        "example": optuna.pruners.MedianPruner(),
         "hyperband": optuna.pruners.HyperbandPruner(),
         "whole": optuna.pruners.NopPruner(),
     }
@@ -102,14 +118,14 @@ def tune_with_optuna(subject: Subject, pruner: str, folder: str, trials: int, se
         study_name="study",
         storage=f"sqlite:///{folder}/optuna.db",
         sampler=optuna.samplers.TPESampler(seed=seed),
-        pruner=pruners[pruner],
+        pruner=pruners[loop],
         load_if_exists=True,
     )
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, states=states)])
 
 
-def run_optuna(subject: Subject, pruner: str, folder: Path, trials: int, seed: int) -> None:
+def run_optuna(subject: Subject, loop: str, folder: Path, trials: int, seed: int) -> None:
     """The processes of the Optuna and MLflow loop, one per core, which share a study in one SQLite file."""
     import mlflow
     import optuna
@@ -119,7 +135,7 @@ def run_optuna(subject: Subject, pruner: str, folder: Path, trials: int, seed: i
     mlflow.set_experiment("study")
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=tune_with_optuna, args=(subject, pruner, str(folder), trials, 1000 * seed + i))
+        context.Process(target=tune_with_optuna, args=(subject, loop, str(folder), trials, 1000 * seed + i))
         for i in range(available_cores())
     ]
     for process in processes:

@@ -10,9 +10,10 @@ All ways have the same task, space, budget of trials and epochs, initial weights
 per core with one thread each (`peers.py`).
 
 - momentum-tuner: `momentum-tuner run` on SQLite and an MLflow on SQLite, without a confirmation.
-- optuna-median, optuna-hyperband: a loop as the documentations of Optuna and MLflow teach it. The processes share a
-  study in one SQLite file, `MaxTrialsCallback` holds the budget, each epoch is reported, and logged to a run in an
-  MLflow on SQLite. Training is the plain loop, data in memory.
+- optuna-example: a loop as the documentations of Optuna and MLflow teach it. The processes share a study in one
+  SQLite file, `MaxTrialsCallback` holds the budget, each epoch is reported to the MedianPruner, and logged to a run in
+  an MLflow on SQLite. Training is as in Optuna's example for PyTorch, with a DataLoader and the optimizer as it comes.
+- optuna-median, optuna-hyperband: the same with the fastest plain loop for training, data in memory, and by pruner.
 - momentum-tuner-whole, optuna-whole: the same without pruning, if asked for.
 - ray-asha: Ray Tune with ASHA and random search, the same loop as its trainable, one CPU per trial. No MLflow. It takes
   seconds for a trial: `--ray-trials` gives it fewer, and then seconds per trial are compared.
@@ -38,7 +39,7 @@ from peers import HERE, SUBJECTS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-USUAL = ("momentum-tuner", "optuna-median", "optuna-hyperband", "ray-asha")
+USUAL = ("momentum-tuner", "optuna-example", "optuna-median", "optuna-hyperband", "ray-asha")
 WAYS = (*USUAL, "momentum-tuner-whole", "optuna-whole")
 KNOWN = HERE / "best_known.json"
 NEAR = 1.01

@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
     parser.add_argument("--task", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=USUAL[:3])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=USUAL[:-1])
     parser.add_argument("--seeds", type=at_least(int, 1), default=10, help="runs of each way")
     parser.add_argument("--limit", type=at_least(float, 1.0), default=120.0, help="seconds of a run")
     parser.add_argument("--find", choices=SUBJECTS, help="look for the best objective of this task, and note it")
