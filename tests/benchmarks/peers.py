@@ -67,9 +67,7 @@ def validation_losses(
     torch.manual_seed(SEED)
     model = task.model()
     nesterov, fused = momentum > 0.0, None if as_example else True
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=fused
-    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=fused)
     for epoch in range(1, EPOCHS + 1):
         model.train()
         generator = torch.Generator().manual_seed(mix_seed(SEED, epoch))
