@@ -238,20 +238,36 @@ def test_compiled_code_is_taken_once_it_repays_and_is_faster(considering, caplog
     list(trainer.train_epoch())
     assert made == [] and trainer.pace.calibration == Calibration({fused(3): 1e-3})
     trainer.consider_compiling(1e9)
-    assert len(made) == 2 and [runners(trainer, name) for name in ("gradient", "update")] == [{3: m} for m in made]
+    names = ("gradient", "update", "evaluation")
+    assert len(made) == 3 and [runners(trainer, name) for name in names] == [{3: m} for m in made]
     assert trainer.pace.calibration.seconds == {fused(3): 1e-3, Way(COMPILED, 3, 1): 0.5e-3}
     assert trainer.pace.calibration.compile_seconds > 0
     assert "compiled in 0 s: a step takes 50% of the time it took" in caplog.text
     trainer.release(0)
     list(trainer.train_epoch())
-    assert [runners(trainer, name) for name in ("gradient", "update")] == [{3: m, 2: m} for m in made[:2]]
+    assert [runners(trainer, name) for name in names] == [{3: m, 2: m} for m in made]
     trainer.consider_compiling(1e9)
-    assert len(made) == 3  # with the evaluation
+    assert len(made) == 3
     # Another run knows that the code is kept, and so compiles for less.
     again = make(calibration=trainer.pace.calibration)
     list(again.train_epoch())
     again.consider_compiling(4_000)
-    assert len(made) == 5 and again.pace.calibration.compile_seconds == trainer.pace.calibration.compile_seconds
+    assert len(made) == 6 and again.pace.calibration.compile_seconds == trainer.pace.calibration.compile_seconds
+
+
+def test_one_worker_of_a_machine_compiles_for_all_that_share_it(considering):
+    make, made, _ = considering
+    trainer, other = make(), make()
+    trainer.consider_compiling(200_000)
+    other.consider_compiling(200_000)
+    assert made == []
+    with other.objective.replay.turn_to_compile("gradient") as mine:
+        trainer.consider_compiling(200_000, sharing=2)
+        assert mine and made == [] and trainer.pace.considers
+    trainer.consider_compiling(200_000, sharing=2)
+    assert len(made) == 3
+    other.consider_compiling(10_000)  # what is kept is opened for that
+    assert len(made) == 6 and other.pace.calibration.compile_seconds is None
 
 
 def test_compiled_code_that_is_slower_is_given_up(considering):

@@ -4,10 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,6 +352,43 @@ def test_code_that_serves_one_width_is_asked_for_no_other(cache, monkeypatch):
     arguments = calls(compiled, 6, True)
     tensors = (*arguments[0], *arguments[2].tensors)
     assert compiling.compile_graph(kind.graph, tensors, ()).widths == range(6, 7)
+
+
+def test_of_two_that_want_the_same_code_at_once_one_compiles(cache, monkeypatch):
+    graph = captured(lambda rows, factor: [rows * factor], torch.rand(4, 3), torch.rand(4, 1))
+    begun, go_on, made = threading.Event(), threading.Event(), []
+
+    def compile_ahead(graph, *_):
+        made.append(graph)
+        begun.set()
+        assert go_on.wait(60.0)
+        return "library.so", range(2, 9)
+
+    monkeypatch.setattr(compiling, "_compile_ahead", compile_ahead)
+    monkeypatch.setattr(compiling, "_Library", lambda path, widths: SimpleNamespace(path=path, widths=widths))
+    with ThreadPoolExecutor() as pool:
+        arguments = (torch.rand(4, 3), torch.rand(4, 1)), (True, True)
+        first = pool.submit(compiling.compile_graph, graph, *arguments)
+        assert begun.wait(60.0)
+        second = pool.submit(compiling.compile_graph, graph, *arguments)
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        go_on.set()
+        assert first.result(60.0) == second.result(60.0)
+    assert made == [graph]
+    with compiling.turn_to_compile(graph) as mine, compiling.turn_to_compile(graph) as also_mine:
+        assert (mine, also_mine) == (True, False)
+    with compiling.turn_to_compile(graph) as mine:
+        assert mine
+
+
+def test_without_a_folder_for_locks_code_is_compiled_all_the_same(cache, monkeypatch):
+    graph = captured(lambda rows, factor: [rows * factor], torch.rand(4, 3), torch.rand(4, 1))
+    cache.parent.mkdir(parents=True)
+    cache.write_text("in the way")
+    for _ in range(2):
+        with compiling.turn_to_compile(graph) as mine:
+            assert mine
 
 
 def test_compiled_code_writes_to_arguments_however_they_lie_in_memory(cache):

@@ -171,19 +171,19 @@ def test_open_tickets_are_divided_among_the_workers_that_serve_the_study(databas
 
 def test_the_trainer_is_told_how_many_steps_are_left_now_and_then(sqlite_database, monkeypatch):
     study = submit(sqlite_database, trials=6, epochs=4)
-    pacing = Pacing(sqlite_database, study, OPTIONS)
+    pacing = Pacing(sqlite_database, study, replace(OPTIONS, sharing=2))
     trainer = pacing.make_trainer(quadratic(dim=4, steps_per_epoch=5), never)
     told = []
 
-    def consider(trial_steps):
-        told.append(trial_steps)
+    def consider(trial_steps, sharing):
+        told.append((trial_steps, sharing))
         trainer.pace.calibration = trainer.pace.calibration.having(Way("compiled", 32, 1), 1e-6, 3.0)
 
     monkeypatch.setattr(trainer, "consider_compiling", consider)
     pacing.consider_compiling(trainer, 7)
     pacing.consider_compiling(trainer, 7)
     # Of each of the six open trials half of its budget.
-    assert told == [(7 + 6 * 2) * 5]
+    assert told == [((7 + 6 * 2) * 5, 2)]
     assert rows(sqlite_database)["compiling", 0] == 3.0
     monkeypatch.setattr(trainer.pace, "considers", False)
     monkeypatch.setattr(pacing, "_next_look", 0.0)

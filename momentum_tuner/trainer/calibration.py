@@ -199,8 +199,17 @@ class Stopwatch:
             if before != way.threads:
                 torch.set_num_threads(before)
 
+    def evaluate(self, width: int) -> None:
+        """Evaluate some slots on the first part of the validation set."""
+        stack = self._stack(width)
+        part = next(iter(self._objective.validation))
+        self._objective.evaluate(stack.rows, stack.buffers, part.batch)
+
+    def _stack(self, width: int) -> Stack:
+        return Stack(self._objective, [self._settings] * width, [self._start] * width)
+
     def _timed(self, width: int, fused: bool) -> float:
-        stack = Stack(self._objective, [self._settings] * width, [self._start] * width)
+        stack = self._stack(width)
         keys = None
         if self._objective.draws or not fused:
             keys = torch.zeros(width, dtype=torch.int64, device=self._objective.device)

@@ -2,22 +2,27 @@
 
 On a CPU the code is compiled ahead of time into a library of its own (AOTInductor): a call goes straight to it, and a
 later run only opens it. Elsewhere it is torch.compile's, on CUDA with graphs of its kernels, as small models wait there
-for the launch of one after the other.
+for the launch of one after the other. Of the processes of a machine that want the same code one compiles it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
+import logging
 import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+
+logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Sequence[Tensor]]
 
@@ -27,6 +32,8 @@ MOST_SLOTS = 1024
 
 def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> Compiled:
     """A graph compiled for all widths above 1, or those that it can serve; this may take minutes.
+
+    Where another process compiles the same graph it waits for that.
 
     Args:
         graph: of `capture.capture`.
@@ -38,6 +45,18 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_code())
     mark = _mark(graph)
+    with _locked(mark.with_suffix(".compiling"), wait=True):
+        return _compile(graph, mark, tensors, stacked)
+
+
+@contextmanager
+def turn_to_compile(graph: fx.GraphModule) -> Iterator[bool]:
+    """Whether no other process of this machine has its turn to compile a graph; if so, this one has it meanwhile."""
+    with _locked(_mark(graph).with_suffix(".turn"), wait=False) as mine:
+        yield mine
+
+
+def _compile(graph: fx.GraphModule, mark: Path, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> Compiled:
     if tensors[0].device.type == "cpu":
         kept = _open(mark)
         if kept is not None and len(tensors[0]) in kept.widths:
@@ -174,6 +193,25 @@ def _open(mark: Path) -> _Library | None:
         return _Library(path, range(int(first), int(end)))
     except (OSError, RuntimeError, ValueError):
         return None
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a file's lock, which ends with the process too; False if another process has it and is not waited for.
+
+    Where there can be no lock some work may be done twice.
+    """
+    with ExitStack() as stack:
+        mine = True
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            logger.info("no lock of compiled code: %s", error)
+        yield mine
 
 
 def _write(mark: Path, text: str) -> None:

@@ -71,23 +71,39 @@ class Pace:
             objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")
         return min(way.width, most)
 
-    def consider_compiling(self, width: int, trial_steps: float) -> None:
+    def consider_compiling(self, width: int, trial_steps: float, sharing: int = 1) -> None:
         """Compile the gradient at a width, if that is expected to save more time than it takes, and keep it if it does.
+
+        One of the workers of a machine compiles; the others go on as they are, and open what it made when they are
+        asked next.
 
         Args:
             width: slots that train fused.
             trial_steps: that are left to train, about.
+            sharing: workers of this machine with as much left.
         """
         if not self.considers or not self._objective.batch_slots or width < 2:
             return
         replay = self._objective.replay
         way = Way(FUSED, width, self.threads or torch.get_num_threads())
-        if way not in self.calibration.seconds:
+        if way not in self.calibration.seconds or not replay.is_captured(GRADIENT):
             self.calibration = self.calibration.having(way, self._stopwatch().seconds(way))
         kept = replay.keeps_compiled(GRADIENT)
-        if not self.calibration.expects_to_repay(way, trial_steps, kept):
+        if not self.calibration.expects_to_repay(way, trial_steps if kept else sharing * trial_steps, kept):
             return
+        with replay.turn_to_compile(GRADIENT) as mine:
+            if mine:
+                self._compile(way, replay.keeps_compiled(GRADIENT))
+
+    def _compile(self, way: Way, kept: bool) -> None:
+        """Compile the gradient, and keep it if it is faster.
+
+        Args:
+            way: of training, in captured code.
+            kept: whether the compiled code is there from before.
+        """
         self.considers = False
+        replay = self._objective.replay
         watch = self._stopwatch()
         seconds = watch.seconds(replace(way, mode=COMPILED))
         took = watch.spent
@@ -96,7 +112,9 @@ class Pace:
         before = self.calibration.seconds[way]
         self.calibration = self.calibration.having(replace(way, mode=COMPILED), seconds, None if kept else took)
         if seconds < before:
-            replay.compiles |= {UPDATE, EVALUATION}  # when it comes to them, which takes a few seconds each
+            replay.compiles |= {UPDATE, EVALUATION}
+            with replay.compiling(EVALUATION):  # now, so that who waits for its turn has all of it then
+                self._stopwatch().evaluate(way.width)
         else:
             replay.forget_compiled()
         logger.info("compiled in %.0f s: a step takes %.0f%% of the time it took", took, 100.0 * seconds / before)

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from momentum_tuner.trainer.capture import capture
-from momentum_tuner.trainer.compiling import compile_graph, was_compiled
+from momentum_tuner.trainer.compiling import compile_graph, turn_to_compile, was_compiled
 from momentum_tuner.trainer.memory import first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,17 @@ class Replay:
     def keeps_compiled(self, name: str) -> bool:
         """Whether a captured graph of a function has been compiled before, in this or an earlier run."""
         return any(kind.graph is not None and was_compiled(kind.graph) for kind in self._of(name))
+
+    @contextmanager
+    def turn_to_compile(self, name: str) -> Iterator[bool]:
+        """Whether no other process of this machine has its turn to compile a function; if so, this one has it."""
+        with ExitStack() as stack:
+            graphs = [kind.graph for kind in self._of(name) if kind.graph is not None]
+            yield all([stack.enter_context(turn_to_compile(graph)) for graph in graphs])
+
+    def is_captured(self, name: str) -> bool:
+        """Whether there is a graph of a function."""
+        return any(kind.graph is not None for kind in self._of(name))
 
     def _of(self, name: str) -> list[_Kind]:
         return [kind for key, kind in self._kinds.items() if key[0] == name]

@@ -81,5 +81,5 @@ class Pacing:
         except StorageError:
             return  # the next call of the database says so
         epochs = epochs_left + waiting * TRAINED * self._study.spec.budget.epochs
-        trainer.consider_compiling(epochs * trainer.steps_per_epoch(self._batch_size))
+        trainer.consider_compiling(epochs * trainer.steps_per_epoch(self._batch_size), self._options.sharing)
         self._calibrations.write(trainer.pace.calibration)
