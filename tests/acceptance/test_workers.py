@@ -116,8 +116,8 @@ def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
 
 
 def test_a_second_run_at_the_same_time_joins(shell, short_study):
-    first = shell.start("run", short_study, "--workers", "1", "--slots", "16")
-    second = shell.start("run", short_study, "--workers", "1", "--slots", "16")
+    first = shell.start("run", short_study, "--workers", "2", "--slots", "8")
+    second = shell.start("run", short_study, "--workers", "2", "--slots", "8")
     for process in (first, second):
         out, error = process.communicate(timeout=280)
         assert process.returncode == 0, out + error
