@@ -79,17 +79,23 @@ def is_ours(way: str) -> bool:
     return way.startswith("momentum-tuner")
 
 
+def store_of(way: str) -> tuple[str, str]:
+    """The SQLite file of a way, and a query of its epochs: trial, loss, and when it was stored, in s since 1970."""
+    if is_ours(way):
+        return "study.db", "SELECT ticket_id AS trial, valid_loss AS loss, recorded_at AS stored FROM epochs"
+    epochs = "SELECT run_uuid AS trial, value AS loss, timestamp / 1000.0 AS stored FROM metrics"
+    return "mlflow.db", f"{epochs} WHERE key = 'valid_loss'"
+
+
 def losses_of(way: str, folder: Path) -> list[float]:
     """The least validation loss in the record of each trial."""
     if way == "ray-asha":
         records = [file.read_text().splitlines() for file in folder.glob("**/result.json")]
         return [min(float(json.loads(line)["valid_loss"]) for line in lines) for lines in records if lines]
-    if is_ours(way):
-        file, query = "study.db", "SELECT MIN(valid_loss) FROM epochs GROUP BY ticket_id"
-    else:
-        file, query = "mlflow.db", "SELECT MIN(value) FROM metrics WHERE key = 'valid_loss' GROUP BY run_uuid"
+    file, epochs = store_of(way)
     with sqlite3.connect(folder / file) as connection:
-        return [float(loss) for (loss,) in connection.execute(query) if loss is not None]
+        found = connection.execute(f"SELECT MIN(loss) FROM ({epochs}) GROUP BY trial")
+        return [float(loss) for (loss,) in found if loss is not None]
 
 
 def table_of(rows: list[Row]) -> Table:

@@ -38,7 +38,7 @@ from output import Output, at_least, command_line
 from peers import HERE, MANY, SUBJECTS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from study import KNOWN, NEAR, USUAL, WAYS, is_ours, losses_of
+from study import KNOWN, NEAR, USUAL, WAYS, losses_of, store_of
 
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 20.0
@@ -100,16 +100,13 @@ def reached(way: str, folder: Path, wanted: float) -> float:
         lines = (line for file in folder.glob("**/result.json") for line in file.read_text().splitlines())
         results = [json.loads(line) for line in lines]
         return min((float(r["timestamp"]) for r in results if r["valid_loss"] <= wanted), default=math.inf)
-    if is_ours(way):
-        file, query = "study.db", "SELECT MIN(recorded_at) FROM epochs WHERE valid_loss <= ?"
-    else:
-        file, query = "mlflow.db", "SELECT MIN(timestamp) / 1000.0 FROM metrics WHERE key = 'valid_loss' AND value <= ?"
+    file, epochs = store_of(way)
     if not (folder / file).exists():
         return math.inf
     with suppress(sqlite3.OperationalError):  # its tables are not made yet, or it is being written
         connection = sqlite3.connect(f"file:{folder / file}?mode=ro", uri=True, timeout=1.0)
         try:
-            (when,) = connection.execute(query, (wanted,)).fetchone()
+            (when,) = connection.execute(f"SELECT MIN(stored) FROM ({epochs}) WHERE loss <= ?", (wanted,)).fetchone()
         finally:
             connection.close()
         return math.inf if when is None else float(when)
