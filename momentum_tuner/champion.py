@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from momentum_tuner.errors import StudyFailedError, TaskError, TrackingError, Tr
 from momentum_tuner.replay import replay_trial
 from momentum_tuner.tasks import Loop, Task
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, find_trial
-from momentum_tuner.tracking import check_tracking_uri, quiet_mlflow, short_reason
+from momentum_tuner.tracking import check_tracking_uri, is_refusal, quiet_mlflow, short_reason
 from momentum_tuner.trainer import SlotState, fill_model
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import RunInfo
 
 ALIAS = "champion"
 _EXAMPLES = 2  # torch.export takes a batch of one for a batch that is always one
@@ -76,15 +80,14 @@ def register_champion(
 
     Raises:
         TrialNotFoundError: no trial has run its whole budget.
-        TrackingError: MLflow does not answer, or has no run of the trial yet.
+        TrackingError: MLflow does not answer, or has no run of the trial.
         TaskError: the task has no model that can be exported.
         StudyFailedError: what is trained now is not what was recorded.
     """
     uri = check_tracking_uri(tracking_uri)
     best = _best(database, study, optimizer)
     trial = find_trial(database, study, best.optimizer, best.trial)
-    if trial.run_id is None:
-        raise TrackingError(f"MLflow has no run of that trial yet; type: momentum-tuner publish {study.name}")
+    client, run = _find_run(uri, study.name, trial.run_id)
     ends: list[tuple[nn.Module, Tensor]] = []
 
     def keep(task: Task | Loop, state: SlotState) -> None:
@@ -102,7 +105,7 @@ def register_champion(
         path = Path(folder) / "model"
         _export(*ends[0], path)
         try:
-            version = _upload(uri, study.name, trial.run_id, path, params, tags)
+            version = _upload(client, run, study.name, path, params, tags)
         except Exception as error:
             raise TrackingError(f"MLflow does not take the model: {short_reason(error)}") from error
     return Registered(study.name, version, trial.optimizer, trial.number, replay.verdict)
@@ -146,13 +149,29 @@ def _export(model: nn.Module, example: Tensor, path: Path) -> None:
         raise TaskError(f"the model cannot be exported: {describe_failure(error)}") from error
 
 
-def _upload(uri: str, name: str, run_id: str, path: Path, params: dict[str, str], tags: dict[str, str]) -> str:
+def _find_run(uri: str, study: str, run_id: str | None) -> tuple[MlflowClient, RunInfo]:
+    """A client of MLflow, and what that knows of the trial's run."""
+    missing = TrackingError(f"MLflow has no run of that trial; type: momentum-tuner publish {study}")
+    if run_id is None:
+        raise missing
+    quiet_mlflow()
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    experiment: Any = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name, source_run_id=run_id, tags=tags, params=params)
+    try:
+        return client, client.get_run(run_id).info
+    except Exception as error:
+        if is_refusal(error):  # it was shown in another MLflow since
+            raise missing from error
+        raise TrackingError(f"MLflow does not answer: {short_reason(error)}") from error
+
+
+def _upload(
+    client: MlflowClient, run: RunInfo, name: str, path: Path, params: dict[str, str], tags: dict[str, str]
+) -> str:
+    from mlflow.exceptions import MlflowException
+
+    logged = client.create_logged_model(run.experiment_id, name, source_run_id=run.run_id, tags=tags, params=params)
     client.log_model_artifacts(logged.model_id, str(path))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
@@ -160,6 +179,8 @@ def _upload(uri: str, name: str, run_id: str, path: Path, params: dict[str, str]
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(name, f"models:/{logged.model_id}", run_id, tags=tags, model_id=logged.model_id)
+    made = client.create_model_version(
+        name, f"models:/{logged.model_id}", run.run_id, tags=tags, model_id=logged.model_id
+    )
     client.set_registered_model_alias(name, ALIAS, made.version)
     return str(made.version)

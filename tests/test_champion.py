@@ -102,12 +102,18 @@ def test_what_does_not_train_again_as_it_was_recorded_is_not_registered(
 
 def test_what_cannot_be_registered_says_why(sqlite_database, trained):
     study, uri = trained(QUADRATIC, publish=False)
-    with pytest.raises(TrackingError, match="no run of that trial yet; type: momentum-tuner publish digits-mlp"):
+    with pytest.raises(TrackingError, match="no run of that trial; type: momentum-tuner publish digits-mlp"):
         register_champion(sqlite_database, study, uri)
     with pytest.raises(TrialNotFoundError, match="no trial of adam of 'digits-mlp' has run its whole budget yet"):
         register_champion(sqlite_database, study, uri, optimizer="adam")
     with sqlite_database.write() as session:
-        session.execute(sa.update(Ticket).values(run_id="r"))
+        session.execute(sa.update(Ticket).values(run_id="r"))  # as of another MLflow
+    with pytest.raises(TrackingError, match="no run of that trial; type: momentum-tuner publish digits-mlp"):
+        register_champion(sqlite_database, study, uri)
+
+
+def test_a_model_without_an_input_is_not_registered(sqlite_database, trained):
+    study, uri = trained(QUADRATIC)
     assert quadratic(dim=2, kappa=2.0).train is None
     with pytest.raises(TaskError, match="only the model of a task with in-memory tensors can be registered"):
         register_champion(sqlite_database, study, uri)

@@ -1,6 +1,5 @@
 """Slots: admission, refill, divergence and release; models that vmap refuses; random numbers; data of every kind."""
 
-import gc
 import logging
 import math
 import random
@@ -21,6 +20,8 @@ from momentum_tuner.trainer import ScheduleSettings, SlotState, Trainer, TrialSe
 from momentum_tuner.trainer.data import MemorySource, TrainingData
 from momentum_tuner.trainer.dropout import KeyedDropout, _Calls, key_dropout, step_keys
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
+
+from .live import live_tensors
 
 torch.set_num_threads(1)
 
@@ -271,9 +272,8 @@ def test_nothing_grows_with_the_number_of_trials_done():
     trainer = Trainer(make_task(), epochs=1, slots=4)
 
     def sizes():
-        gc.collect()
         held = [trainer._batches, trainer._slots, trainer._entering, trainer._leaving]
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        tensors = live_tensors()
         return [len(h) for h in held], len(tensors), sum(t.nbytes for t in tensors), len(trainer._starts)
 
     def run(first, last):

@@ -82,13 +82,14 @@ def neighbours(count):
     return others
 
 
-def train_first_epoch(task, settings, step_tables, **options):
+def train_first_epoch(trainer, settings, step_tables):
     """By subject, its record after one epoch and the measures of each of its steps."""
-    trainer = Trainer(task, epochs=4, slots=len(settings), schedule=WIDE, **options)
     for key, one in settings.items():
         trainer.admit(key, one)
     step_tables.clear()
-    trained = zip(list(trainer.train_epoch()), step_tables, strict=True)
+    trained = list(zip(list(trainer.train_epoch()), step_tables, strict=True))
+    for key in settings:
+        trainer.release(key)
     return {key: (record, steps) for (key, record), steps in trained if key in SUBJECTS}
 
 
@@ -114,12 +115,12 @@ def assert_same_record(found, expected, tolerance):
 
 
 def test_the_curve_is_the_same_alone_in_a_batch_of_7_and_in_a_batch_of_64(task, precision, mode, step_tables):
-    options = {"mode": mode, "precision": precision}
-    alone = {}
+    options = {"epochs": 4, "schedule": WIDE, "mode": mode, "precision": precision}
+    alone, trainer = {}, Trainer(task, slots=1, **options)
     for key, settings in SUBJECTS.items():
-        alone |= train_first_epoch(task, {key: settings}, step_tables, **options)
+        alone |= train_first_epoch(trainer, {key: settings}, step_tables)
     for count in (7, 64):
-        batch = train_first_epoch(task, among(count), step_tables, **options)
+        batch = train_first_epoch(Trainer(task, slots=count, **options), among(count), step_tables)
         assert set(batch) == set(SUBJECTS)
         for key, (record, steps) in batch.items():
             assert len(steps["loss"]) == STEPS

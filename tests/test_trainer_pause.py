@@ -1,6 +1,5 @@
 """Epochs that stop at a step: pauses, states in the middle of an epoch, and memory that runs out there."""
 
-import gc
 import json
 import math
 import os
@@ -31,6 +30,8 @@ from momentum_tuner.trainer import stack as stack_module
 from momentum_tuner.trainer.data import LoaderSource, MemorySource
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.stack import Stack
+
+from .live import live_tensors
 
 torch.set_num_threads(1)
 
@@ -441,8 +442,7 @@ def test_nothing_grows_with_the_number_of_pauses_exports_and_moves():
     trainer = filled(task, {"a": setting(), "b": setting("adam")}, epochs=50, slots=2)
 
     def sizes():
-        gc.collect()
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        tensors = live_tensors()
         held = [trainer._batches, trainer._slots, trainer._entering, trainer._leaving, trainer._starts]
         return [len(h) for h in held], len(tensors), sum(t.nbytes for t in tensors)
 

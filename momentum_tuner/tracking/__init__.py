@@ -3,13 +3,14 @@
 from momentum_tuner.tracking.loop import PublisherLoop
 from momentum_tuner.tracking.publisher import PassResult, Publisher, short_reason
 from momentum_tuner.tracking.runs import run_name, short_momentum
-from momentum_tuner.tracking.store import check_tracking_uri, quiet_mlflow
+from momentum_tuner.tracking.store import check_tracking_uri, is_refusal, quiet_mlflow
 
 __all__ = [
     "PassResult",
     "Publisher",
     "PublisherLoop",
     "check_tracking_uri",
+    "is_refusal",
     "quiet_mlflow",
     "run_name",
     "short_momentum",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import optuna
@@ -153,11 +154,13 @@ def test_a_changed_study_file_is_refused_naming_the_fields(finished, studies, tm
     assert "budget.epochs: 20 -> 30" in message
 
 
-def test_mlflow_rebuilds_after_its_store_was_deleted(finished):
+def test_mlflow_rebuilds_after_its_store_was_deleted(finished, shell):
     from mlflow import MlflowClient
 
-    shell, _ = finished
+    shutil.copy(finished[0].folder / "momentum_tuner.db", shell.folder)  # which knows from then on the runs made here
     again = f"sqlite:///{shell.folder / 'again.db'}"
+    message = shell.run("register", "digits-mlp", "momentum", "--tracking-uri", again, code=2)
+    assert "MLflow has no run of that trial; type: momentum-tuner publish digits-mlp" in message
     shell.run("publish", "digits-mlp", "--tracking-uri", again)
     client = MlflowClient(tracking_uri=again)
     experiment = client.get_experiment_by_name("digits-mlp")
