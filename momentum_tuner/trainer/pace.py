@@ -71,29 +71,42 @@ class Pace:
             objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")
         return min(way.width, most)
 
-    def consider_compiling(self, width: int, trial_steps: float, sharing: int = 1) -> None:
+    def consider_compiling(self, width: int, trial_steps: float, sharing: int = 1) -> bool:
         """Compile the gradient at a width, if that is expected to save more time than it takes, and keep it if it does.
 
         One of the workers of a machine compiles; the others go on as they are, and open what it made when they are
-        asked next.
+        asked next. What goes wrong is left to the trials, which go on without compiled code.
 
         Args:
             width: slots that train fused.
             trial_steps: that are left to train, about.
             sharing: workers of this machine with as much left.
+
+        Returns:
+            Whether that is settled for now; not if another worker is compiling.
         """
         if not self.considers or not self._objective.batch_slots or width < 2:
-            return
+            return True
+        try:
+            return self._consider(width, trial_steps, sharing)
+        except Exception as error:
+            logger.info("training goes on without compiled code: %s", first_line(error))
+            self.considers = False
+            self._objective.replay.forget_compiled()
+            return True
+
+    def _consider(self, width: int, trial_steps: float, sharing: int) -> bool:
         replay = self._objective.replay
         way = Way(FUSED, width, self.threads or torch.get_num_threads())
         if way not in self.calibration.seconds or not replay.is_captured(GRADIENT):
             self.calibration = self.calibration.having(way, self._stopwatch().seconds(way))
         kept = replay.keeps_compiled(GRADIENT)
         if not self.calibration.expects_to_repay(way, trial_steps if kept else sharing * trial_steps, kept):
-            return
+            return True
         with replay.turn_to_compile(GRADIENT) as mine:
             if mine:
                 self._compile(way, replay.keeps_compiled(GRADIENT))
+        return mine
 
     def _compile(self, way: Way, kept: bool) -> None:
         """Compile the gradient, and keep it if it is faster.

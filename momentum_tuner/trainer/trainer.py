@@ -113,7 +113,7 @@ class Trainer:
         """Slots that a new trial can take."""
         return self.width - len(self._slots)
 
-    def consider_compiling(self, trial_steps: float, sharing: int = 1) -> None:
+    def consider_compiling(self, trial_steps: float, sharing: int = 1) -> bool:
         """Compile what slots do fused, if `compiles` is `auto` and what is left to train repays it.
 
         It takes a minute or so, in which nothing is trained. What it took and gained is in `calibration` afterwards.
@@ -121,8 +121,11 @@ class Trainer:
         Args:
             trial_steps: left to train in this trainer, about.
             sharing: trainers of this machine with as much left, of which one compiles for all.
+
+        Returns:
+            Whether that is settled for now; not if another trainer is compiling.
         """
-        self.pace.consider_compiling(self.width, trial_steps, sharing)
+        return self.pace.consider_compiling(self.width, trial_steps, sharing)
 
     def slot_number(self, key: Hashable) -> int:
         """The number of the slot that a trial holds, from 0."""

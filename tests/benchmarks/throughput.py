@@ -220,7 +220,8 @@ def make_trainer(task: Task, way: Way, process: int) -> Trainer:
     trainer = Trainer(task, epochs=1, most=most, compiles="auto" if way.compiled else "off", batch_size=BATCH_SIZE)
     if trainer.pace.threads is not None:
         torch.set_num_threads(trainer.pace.threads)
-    trainer.consider_compiling(float("inf"))
+    while not trainer.consider_compiling(float("inf")):
+        time.sleep(1.0)
     return trainer
 
 
