@@ -11,6 +11,7 @@ import torch
 from momentum_tuner.tasks import digits_mlp, quadratic
 from momentum_tuner.trainer import Calibration, Trainer, TrialSettings, Way, calibration, compiling, pace, replay
 from momentum_tuner.trainer.calibration import COMPILED, FUSED, SEQUENTIAL, Stopwatch, calibrate
+from momentum_tuner.trainer.capture import NotCapturedError
 from momentum_tuner.trainer.stack import Stack
 
 torch.set_num_threads(1)
@@ -269,6 +270,18 @@ def test_one_worker_of_a_machine_compiles_for_all_that_share_it(considering):
     assert len(made) == 3 and settled
     other.consider_compiling(10_000)  # what is kept is opened for that
     assert len(made) == 6 and other.pace.calibration.compile_seconds is None
+
+
+def test_what_cannot_be_captured_is_measured_once_and_not_considered_again(considering, monkeypatch):
+    make, made, _ = considering
+
+    def refuses(*_):
+        raise NotCapturedError("a branch on values")
+
+    monkeypatch.setattr(replay, "capture", refuses)
+    trainer = make()
+    assert trainer.consider_compiling(1000) and not trainer.pace.considers
+    assert made == [] and len(list(trainer.train_epoch())) == 3
 
 
 @pytest.mark.parametrize("mode", [FUSED, COMPILED])

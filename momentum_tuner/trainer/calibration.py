@@ -14,6 +14,7 @@ import torch
 from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.memory import free_memory, is_out_of_memory
 from momentum_tuner.trainer.objective import GRADIENT, Objective
+from momentum_tuner.trainer.slots import evaluate
 from momentum_tuner.trainer.stack import Stack
 from momentum_tuner.trainer.state import TrialSettings, new_state, table_dtype
 from momentum_tuner.trainer.update import UPDATE, Standing
@@ -200,10 +201,14 @@ class Stopwatch:
                 torch.set_num_threads(before)
 
     def evaluate(self, width: int) -> None:
-        """Evaluate some slots on the first part of the validation set."""
-        stack = self._stack(width)
-        part = next(iter(self._objective.validation))
-        self._objective.evaluate(stack.rows, stack.buffers, part.batch)
+        """Evaluate some slots on the validation set."""
+        replay = self._objective.replay
+        patience, replay.patience = replay.patience, 0
+        try:
+            stack = self._stack(width)
+            evaluate(self._objective, stack.rows, stack.buffers, None)
+        finally:
+            replay.patience = patience
 
     def _stack(self, width: int) -> Stack:
         return Stack(self._objective, [self._settings] * width, [self._start] * width)

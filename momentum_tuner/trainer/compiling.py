@@ -16,7 +16,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -49,11 +49,9 @@ def compile_graph(graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Seq
         return _compile(graph, mark, tensors, stacked)
 
 
-@contextmanager
-def turn_to_compile(graph: fx.GraphModule) -> Iterator[bool]:
+def turn_to_compile(graph: fx.GraphModule) -> AbstractContextManager[bool]:
     """Whether no other process of this machine has its turn to compile a graph; if so, this one has it meanwhile."""
-    with _locked(_mark(graph).with_suffix(".turn"), wait=False) as mine:
-        yield mine
+    return _locked(_mark(graph).with_suffix(".turn"), wait=False)
 
 
 def _compile(graph: fx.GraphModule, mark: Path, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> Compiled:

@@ -100,6 +100,9 @@ class Pace:
         way = Way(FUSED, width, self.threads or torch.get_num_threads())
         if way not in self.calibration.seconds or not replay.is_captured(GRADIENT):
             self.calibration = self.calibration.having(way, self._stopwatch().seconds(way))
+            if not replay.is_captured(GRADIENT):  # nor can it be compiled
+                self.considers = False
+                return True
         kept = replay.keeps_compiled(GRADIENT)
         if not self.calibration.expects_to_repay(way, trial_steps if kept else sharing * trial_steps, kept):
             return True

@@ -91,12 +91,16 @@ def minibatches(task: Task, generator: torch.Generator | None = None) -> Iterato
     yield from zip(*(torch.split(t[order], BATCH_SIZE) for t in task.train.tensors), strict=True)
 
 
-def loaded(task: Task, generator: torch.Generator | None = None) -> Iterator[list[Tensor]]:
-    """The same minibatches out of a data loader; without a generator the validation set, as one batch."""
-    if generator is None:
-        return iter(DataLoader(task.valid, len(task.valid)))
+def loaded_minibatches(task: Task, generator: torch.Generator) -> Iterator[list[Tensor]]:
+    """The same minibatches out of a data loader."""
     order = torch.randperm(len(task.train), generator=generator).tolist()
     return iter(DataLoader(task.train, BATCH_SIZE, sampler=order, drop_last=True))
+
+
+def loaded_validation(task: Task) -> list[Tensor]:
+    """The validation set out of a data loader, as one batch."""
+    (batch,) = DataLoader(task.valid, len(task.valid))
+    return batch
 
 
 def trainer_loop(trainer: Trainer) -> Loop:

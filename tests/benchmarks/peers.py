@@ -57,7 +57,7 @@ def validation_losses(
             from memory and with the fused kernel, which is the fastest.
     """
     import torch
-    from loops import loaded, minibatches
+    from loops import loaded_minibatches, loaded_validation, minibatches
 
     from momentum_tuner import tasks
     from momentum_tuner.trainer.randomness import mix_seed
@@ -66,17 +66,18 @@ def validation_losses(
     task = getattr(tasks, subject.task)(**subject.params)
     torch.manual_seed(SEED)
     model = task.model()
+    batches = loaded_minibatches if as_example else minibatches
     nesterov, fused = momentum > 0.0, None if as_example else True
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum, nesterov=nesterov, fused=fused)
     for epoch in range(1, EPOCHS + 1):
         model.train()
         generator = torch.Generator().manual_seed(mix_seed(SEED, epoch))
-        for batch in loaded(task, generator) if as_example else minibatches(task, generator):
+        for batch in batches(task, generator):
             optimizer.zero_grad(set_to_none=True)
             task.loss(model, batch).backward()
             optimizer.step()
         model.eval()
-        (valid,) = loaded(task) if as_example else [task.valid.tensors]
+        valid = loaded_validation(task) if as_example else task.valid.tensors
         with torch.no_grad():
             loss = task.loss(model, valid).item()
         yield loss if math.isfinite(loss) else 1e6
