@@ -135,7 +135,7 @@ def _asset(name: str) -> str:
 def packed_plotly() -> str:
     """Plotly's library, compressed, in base64."""
     library = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
-    return base64.b64encode(gzip.compress(library, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(library, 6, mtime=0)).decode()
 
 
 def script_json(value: Any) -> str:
