@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from momentum_tuner.trainer.lowering.slotwise import SlotFunction
+from momentum_tuner.trainer.reuse import LIES, VIEWS, lie_alike, reuse_memory
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,12 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
     nodes = [list(graph.graph.nodes) for graph in graphs]
     _generalize(*graphs)
     graph = graphs[0]
-    _shorten(*nodes)
-    for node in nodes[0]:
+    for node, other in zip(*nodes, strict=True):
+        lies = _lies(node), _lies(other)
         node.meta.clear()  # which holds tensors of the trace
+        node.meta[LIES] = None if None in lies else lies
+    _shorten(nodes[0])
     graph.graph.eliminate_dead_code()
-    _call_bindings(graph.graph)
     graph.recompile()
     graph.meta["arguments"] = [
         (tuple(t.shape[1:] if has_rows else t.shape), t.dtype, t.device, has_rows)
@@ -164,33 +166,17 @@ def _target(module: fx.GraphModule, node: fx.Node) -> Any:
 
 
 _aten = torch.ops.aten
-_VIEWS = frozenset(
-    {
-        _aten.view.default,
-        _aten._unsafe_view.default,
-        _aten.expand.default,
-        _aten.permute.default,
-        _aten.transpose.int,
-        _aten.t.default,
-        _aten.squeeze.dim,
-        _aten.squeeze.dims,
-        _aten.unsqueeze.default,
-    }
-)
-"""Operations whose result has the memory of their input from its first number on."""
 
 
-def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
-    """Let the first graph do without what gives again what is there already: each operation costs a call.
+def _shorten(nodes: Sequence[fx.Node]) -> None:
+    """Let a graph do without what gives again what is there already: each operation costs a call.
 
     Views of views are often the tensor that they began with, turned back; and gradients look anew at what the forward
     pass has looked at.
 
     Args:
         nodes: of a graph that serves all widths.
-        others: of the same graph as it was traced at another width.
     """
-    place = dict(zip(nodes, zip(map(_lies, nodes), map(_lies, others), strict=True), strict=True))
     views: dict[fx.Node, list[fx.Node]] = {}  # by what they are views of, itself the first
     begin: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -198,13 +184,13 @@ def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
         if not isinstance(of, fx.Node):
             continue
         if node.target is _aten.mul.Scalar and node.args[1] == 1:
-            here, there = _lies(node), _lies(of)
-            if here and there and (here[0], here[2]) == (there[0], there[2]):
+            here, there = node.meta[LIES], of.meta[LIES]
+            if here and there and here[0][::2] == there[0][::2]:  # shape and dtype
                 node.replace_all_uses_with(of)
-        elif node.target in _VIEWS:
+        elif node.target in VIEWS:
             first = begin.get(of, of)
             alike = views.setdefault(first, [first])
-            known = next((one for one in alike if _same(place[node], place[one])), None)
+            known = next((one for one in alike if lie_alike(node, one)), None)
             if known is None:
                 begin[node] = first
                 alike.append(node)
@@ -212,10 +198,20 @@ def _shorten(nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
                 node.replace_all_uses_with(known)
 
 
+def runner(graph: fx.GraphModule) -> fx.GraphModule:
+    """A captured graph as Python runs it fastest."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    reuse_memory(copied)
+    _call_bindings(copied)
+    return fx.GraphModule(graph, copied)
+
+
 _METHODS = frozenset(
     {
         *("view", "expand", "permute", "transpose", "unsqueeze", "squeeze", "split_with_sizes"),
-        *("add_", "mul_", "masked_fill", "scatter_add_"),
+        *("add_", "sub_", "mul_", "div_", "neg_", "exp_", "tanh_", "sigmoid_", "relu_"),
+        *("masked_fill", "masked_fill_", "scatter_add_"),
     }
 )
 _FUNCTIONS = frozenset(
@@ -243,7 +239,3 @@ def _lies(node: fx.Node) -> Any:
     """How a node's tensor lies in memory, None if it is none."""
     kind: Any = node.meta.get("tensor_meta")
     return (kind.shape, kind.stride, kind.dtype) if hasattr(kind, "stride") else None
-
-
-def _same(here: tuple[Any, Any], there: tuple[Any, Any]) -> bool:
-    return None not in here and here == there

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from momentum_tuner.trainer.capture import capture
+from momentum_tuner.trainer.capture import capture, runner
 from momentum_tuner.trainer.compiling import compile_graph, turn_to_compile, was_compiled
 from momentum_tuner.trainer.memory import first_line, is_out_of_memory
 
@@ -36,6 +36,7 @@ class _Kind:
     calls: int = 0
     refused: bool = False
     graph: fx.GraphModule | None = None
+    captured: Runner | None = None
     compiled: Runner | None = None
     runners: dict[int, Runner] = field(default_factory=dict)
     """What serves each width that has been seen, once its results were compared."""
@@ -123,9 +124,9 @@ class Replay:
         """What a prepared function returns for these tensors."""
         kind = call.kind
         kind.calls += 1
-        runner = kind.runners.get(len(tensors[0]))
-        if runner is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
-            return runner(*tensors)
+        known = kind.runners.get(len(tensors[0]))
+        if known is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
+            return known(*tensors)
         if kind.refused or kind.calls <= self.patience:
             return call.function(*tensors)
         return self._begin(call.name, kind, call.function, tensors, call.stacked)
@@ -174,18 +175,19 @@ class Replay:
         self, name: str, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]
     ) -> Sequence[Tensor]:
         """Call the function itself, and let what gives the same serve this width from now on."""
-        if kind.graph is None:
+        if kind.graph is None or kind.captured is None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     kind.graph = capture(call, tensors, stacked, self._model)
+                    kind.captured = runner(kind.graph).forward
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 logger.info("the steps are not captured: %s", first_line(error))
                 kind.refused = True
                 return call(*tensors)
-        candidates: list[Runner] = [kind.graph.forward]
+        candidates: list[Runner] = [kind.captured]
         if (name in self.compiles or kind.compiled is not None) and len(tensors[0]) > 1:
             candidates[:0] = self._compiled(kind, kind.graph, tensors, stacked)
         copies = [
