@@ -1,5 +1,6 @@
 """Epochs that stop at a step: pauses, states in the middle of an epoch, and memory that runs out there."""
 
+import functools
 import json
 import math
 import os
@@ -104,7 +105,7 @@ MIXED = {
 }
 
 
-@pytest.fixture(params=TASKS)
+@pytest.fixture(params=TASKS, scope="module")
 def task(request):
     return TASKS[request.param]()
 
@@ -264,13 +265,21 @@ def test_the_seconds_of_a_record_are_those_of_all_its_parts():
 # --- states in the middle of an epoch
 
 
+@functools.cache
+def whole(task, mode):
+    """A task's trials of one batch size, trained without a break: the curves and the states."""
+    settings = {key: one for key, one in MIXED.items() if one.batch_size == BATCH}
+    control = filled(task, settings, mode=mode, schedule=CYCLE)
+    curves = train(control, 3)
+    return curves, {key: control.export(key) for key in settings}
+
+
 @pytest.mark.parametrize("at", [1, 3, STEPS - 1, STEPS])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_state_from_the_middle_of_an_epoch_goes_on_elsewhere_bit_equal(task, mode, at, after):
     settings = {key: one for key, one in MIXED.items() if one.batch_size == BATCH}
     options = {"mode": mode, "schedule": CYCLE}
-    control = filled(task, settings, **options)
-    expected = train(control, 3)
+    expected, last = whole(task, mode)
     trainer = filled(task, settings, **options)
     found = train(trainer, after) if after else {}
     take(trainer, at)
@@ -285,7 +294,7 @@ def test_a_state_from_the_middle_of_an_epoch_goes_on_elsewhere_bit_equal(task, m
         assert_same_state(other.export(key), state)
     assert train(other, 3 - after, found=found) == expected
     for key in settings:
-        assert_same_state(other.export(key), control.export(key))
+        assert_same_state(other.export(key), last[key])
 
 
 def test_a_state_of_the_middle_of_an_epoch_is_a_copy():
@@ -575,7 +584,12 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault):
         trainer.admit("c", setting(), STATE_FAULTS[fault](state))
     assert "\n" not in str(caught.value)
     assert trainer.free == 1 and trainer.keys == ["a", "b"] and trainer._entering == []
-    assert train(trainer) == train(filled(task, {"a": setting(), "b": setting(seed=1)}))
+    assert train(trainer) == undisturbed_pair()
+
+
+@functools.cache
+def undisturbed_pair():
+    return train(filled(make_task(norm_and_dropout), {"a": setting(), "b": setting(seed=1)}))
 
 
 def test_a_state_of_another_optimizer_or_batch_size_is_refused():
@@ -635,12 +649,22 @@ POINTS = {
 SIX = {i: setting(("momentum", "adam", "rmsprop")[i % 3], 0.01, seed=i % 2, weight_decay=1e-3) for i in range(6)}
 
 
+def six_task(loader=False):
+    data = {"train": DataLoader(Noisy(*examples()), batch_size=BATCH, shuffle=True)} if loader else {}
+    return make_task(norm_and_dropout, **data)
+
+
+@functools.cache
+def undisturbed(loader=False, **options):
+    """The curves of the six where memory suffices."""
+    return train(filled(six_task(loader), SIX, **options), 3)
+
+
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("first", [1, 3])
 def test_a_call_that_ran_out_of_memory_is_as_if_it_had_not_been(point, first, mode, monkeypatch):
-    task = make_task(norm_and_dropout)
-    expected = train(filled(task, SIX, mode=mode), 3)
-    trainer = filled(task, SIX, mode=mode)
+    expected = undisturbed(mode=mode)
+    trainer = filled(six_task(), SIX, mode=mode)
     scarce = Scarce(monkeypatch, *POINTS[point], most=5, first=first, times=3)
     found, errors = {}, 0
     while any(len(found.get(key, [])) < 3 for key in SIX):
@@ -661,10 +685,8 @@ def test_a_call_that_ran_out_of_memory_is_as_if_it_had_not_been(point, first, mo
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("loader", [False, True], ids=["tensors", "loader"])
 def test_half_of_the_slots_go_on_here_and_the_others_elsewhere(point, loader, monkeypatch):
-    task = make_task(norm_and_dropout)
-    if loader:
-        task = replace(task, train=DataLoader(Noisy(*examples()), batch_size=BATCH, shuffle=True))
-    expected = train(filled(task, SIX, precision="float64"), 3)
+    task = six_task(loader)
+    expected = undisturbed(loader, precision="float64")
     trainer = filled(task, SIX, precision="float64")
     with monkeypatch.context() as patch:
         Scarce(patch, *POINTS[point], most=2, first=1 if point in ("stacking", "evaluation") else 4)
@@ -788,8 +810,8 @@ from momentum_tuner import Task
 from momentum_tuner.trainer import SlotsOutOfMemoryError, Trainer, TrialSettings
 
 torch.set_num_threads(1)
-WIDE = 2_000_000  # an activation of 8 slots and 2 examples has 128 MB, and a step needs several
-ROOM = 300_000_000
+WIDE = 500_000  # an activation of 8 slots and 2 examples has 32 MB, and a step needs several
+ROOM = 75_000_000
 
 
 class Net(nn.Module):
