@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,11 +21,19 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: its processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What calls the compiled kernels is compiled itself, for longer than they are.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 from momentum_tuner.database import Database, migrate
 from momentum_tuner.spec import StudySpec
 
 DIALECTS = ("sqlite", "postgresql")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays, and is not looked through again at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
@@ -130,6 +139,17 @@ def database(request: pytest.FixtureRequest) -> Database:
     """A migrated database, of each kind in turn."""
     found: Database = request.getfixturevalue(f"{request.param}_database")
     return found
+
+
+@pytest.fixture
+def compiled_code(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where compiled code goes: a folder of this run of the tests, so that compilers are tried out only once."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    yield cache / "momentum-tuner" / "compiled-1"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
 
 
 Race = Callable[..., list[Any]]

@@ -77,8 +77,8 @@ def test_a_captured_step_is_that_of_the_rules(clips, cycles, monkeypatch):
     assert len(captured) == 5 and len(whole.objective.replay._of(UPDATE)) == 6
 
 
-def test_a_compiled_step_is_that_of_the_rules(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("compiled_code")
+def test_a_compiled_step_is_that_of_the_rules():
     plain, whole = make_stack(False), make_stack(True)
     for stack in (plain, whole):
         stack.slices = [piece for piece in stack.slices if piece.rule.name == "sgd"]
