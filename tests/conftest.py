@@ -21,8 +21,6 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is loaded: its processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What calls the compiled kernels is compiled itself, for longer than they are.
-os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 from momentum_tuner.database import Database, migrate
 from momentum_tuner.spec import StudySpec

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.autograd_function import custom_function_call
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -80,7 +82,9 @@ def _trace(function: Function, tensors: Sequence[Tensor], stacked: Sequence[bool
     """The graph at one width, on copies of the tensors' rows."""
     rows = torch.arange(width, device=tensors[0].device) % len(tensors[0])
     copies = [t[rows] if has_rows else t.clone() for t, has_rows in zip(tensors, stacked, strict=True)]
-    with _RefuseReading():
+    # With a mode given make_fx does not make one for each tensor, which takes longer than all else.
+    shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with tracing(shapes), _RefuseReading():
         graph: fx.GraphModule = make_fx(function)(*copies)
     for node in graph.graph.nodes:
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(getattr(node.target, "tags", ())):
