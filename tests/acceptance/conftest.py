@@ -1,5 +1,6 @@
 """The real command line, in a process of its own, in a directory of its own."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -61,7 +62,21 @@ def studies() -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, studies) -> tuple[Shell, str]:
-    """A folder in which the README's first command has run studies/digits-mlp.yaml, and what it printed."""
-    shell = Shell(tmp_path_factory.mktemp("finished"))
-    shutil.copytree(studies, shell.folder / "studies")
-    return shell, shell.run("run", "studies/digits-mlp.yaml")
+    """A folder in which the README's first command has run studies/digits-mlp.yaml, and what it printed.
+
+    It is run once: each process of pytest-xdist that needs it has a copy of the folder.
+    """
+    mine = tmp_path_factory.getbasetemp()
+    once = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "finished"
+    printed = once / "printed"
+    once.mkdir(exist_ok=True)
+    with (once / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            shell = Shell(once / "folder")
+            shutil.rmtree(shell.folder, ignore_errors=True)  # of a process that failed
+            shutil.copytree(studies, shell.folder / "studies")
+            printed.write_text(shell.run("run", "studies/digits-mlp.yaml"))
+    folder = tmp_path_factory.mktemp("copy") / "folder"
+    shutil.copytree(once / "folder", folder)
+    return Shell(folder), printed.read_text()

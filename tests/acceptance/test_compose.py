@@ -30,6 +30,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 OPTIMIZERS = ("sgd", "momentum", "nesterov")
+TRIALS = 48
+SEEDS = 3
 PASSWORD = "p@ss/w:rd#%1 x"
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?::(?P<operator>[-?])(?P<rest>[^}$]*))?\}|(?P<unknown>))")
 
@@ -288,7 +290,7 @@ def wait_until(holds: Callable[[], bool], seconds: float, message: str, machine:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{message}\n{machine.logs()}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def free_port() -> int:
@@ -298,10 +300,21 @@ def free_port() -> int:
         return port
 
 
+def shortened(study: str) -> str:
+    """A study with fewer trials and epochs, confirmed on fewer seeds."""
+    for name, number in (("trials", TRIALS), ("epochs", 8), ("seeds", SEEDS)):
+        study, found = re.subn(rf"\b{name}: \d+", f"{name}: {number}", study)
+        assert found == 1, name
+    return study
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """A machine on which PostgreSQL runs; each container of a worker has one worker process with 16 slots."""
-    (tmp_path / "studies").symlink_to((ROOT / SERVICES["worker"]["volumes"][1].split(":")[0]).resolve())
+    studies = tmp_path / "studies"
+    shutil.copytree(ROOT / SERVICES["worker"]["volumes"][1].split(":")[0], studies)
+    study = studies / "digits-mlp.yaml"
+    study.write_text(shortened(study.read_text()))
     for volume in yaml.safe_load(TEXT)["volumes"]:
         (tmp_path / volume).mkdir()
     found = Machine(tmp_path, services(WORKER_OPTIONS="--workers 1 --slots 16"), {5432: free_port(), 5000: free_port()})
@@ -401,12 +414,13 @@ def test_three_workers_complete_a_study_though_one_is_killed_and_one_is_drained(
     machine.wait_healthy("postgres")
     machine.start("mlflow")
     machine.wait_healthy("mlflow")
-    workers = [machine.start("worker")]
+    workers = [machine.start("worker") for _ in range(3)]
     machine.wait_healthy("worker")
+    came = "SELECT count(*) FROM workers WHERE state = 'running'"
+    wait_until(lambda: records.rows(came) == [(3,)], 120, "not all workers came", machine)
     (submit,) = [words for words in readme_commands() if "submit" in words]
     assert submit[:4] == ["docker", "compose", "exec", "worker"]
-    assert "Submitted digits-mlp: 192 trials" in machine.execute("worker", submit[4:]).stdout
-    workers += [machine.start("worker"), machine.start("worker")]
+    assert f"Submitted digits-mlp: {3 * TRIALS} trials" in machine.execute("worker", submit[4:]).stdout
 
     wait_until(lambda: all(worker_of(w, records) for w in workers), 120, "a worker holds nothing", machine)
     first, killed, drained = workers
@@ -425,12 +439,12 @@ def test_three_workers_complete_a_study_though_one_is_killed_and_one_is_drained(
         "SELECT optimizer, count(*), count(DISTINCT trial_number) FROM tickets "
         "WHERE state = 'done' AND kind = 'search' GROUP BY optimizer"
     )
-    assert sorted(records.rows(counts)) == sorted((optimizer, 64, 64) for optimizer in OPTIMIZERS)
+    assert sorted(records.rows(counts)) == sorted((optimizer, TRIALS, TRIALS) for optimizer in OPTIMIZERS)
     trials = records.rows("SELECT study_name, number, state FROM trials JOIN studies USING (study_id)")  # Optuna's own
     contestants = (*OPTIMIZERS, "momentum_0.9")
     expected = sorted(
-        [(f"digits-mlp/{optimizer}", number) for optimizer in contestants for number in range(64)]
-        + [(f"digits-mlp/{optimizer}/confirm", number) for optimizer in contestants for number in range(10)]
+        [(f"digits-mlp/{optimizer}", number) for optimizer in contestants for number in range(TRIALS)]
+        + [(f"digits-mlp/{optimizer}/confirm", number) for optimizer in contestants for number in range(SEEDS)]
     )
     assert sorted((study, number) for study, number, _ in trials) == expected
     assert {state for *_, state in trials} <= {"COMPLETE", "PRUNED", "FAIL"}
@@ -438,5 +452,5 @@ def test_three_workers_complete_a_study_though_one_is_killed_and_one_is_drained(
     assert left.keys() <= adopted.keys()
     assert all(adopted[ticket] == number for ticket, number in left.items() if number is not None)
     runs = records.runs()
-    assert len([run for run in runs if "mlflow.parentRunId" in run.data.tags]) == 4 * 64 + 4 * 10
-    assert len(runs) == 1 + 4 * 64 + 4 * 10
+    assert len([run for run in runs if "mlflow.parentRunId" in run.data.tags]) == 4 * TRIALS + 4 * SEEDS
+    assert len(runs) == 1 + 4 * TRIALS + 4 * SEEDS

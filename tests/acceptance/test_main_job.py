@@ -12,6 +12,13 @@ from optuna.trial import TrialState
 OPTIMIZERS = ("sgd", "momentum", "nesterov")
 
 
+@pytest.fixture(scope="module")
+def best(finished):
+    """What `best --format json` says."""
+    shell, _ = finished
+    return json.loads(shell.run("best", "digits-mlp", "--format", "json"))
+
+
 def test_run_ends_in_a_table_of_the_best_setting_of_each_optimizer(finished):
     _, out = finished
     table = out[out.index("best setting of each optimizer") : out.index("best settings, the fastest first")]
@@ -40,7 +47,7 @@ def test_resume_of_a_complete_study_says_so_too(finished):
     assert "Study digits-mlp is complete." in shell.run("resume", "digits-mlp")
 
 
-def test_best_as_torch_lines_builds_the_optimizers(finished):
+def test_best_as_torch_lines_builds_the_optimizers(finished, best):
     import torch
 
     shell, _ = finished
@@ -50,26 +57,23 @@ def test_best_as_torch_lines_builds_the_optimizers(finished):
     assert all(re.fullmatch(pattern, line) for line in lines)
     assert sum("nesterov=True" in line for line in lines) == 1
     model = torch.nn.Linear(2, 2)
-    settings = json.loads(shell.run("best", "digits-mlp", "--format", "json"))
-    for line, setting in zip(lines, settings, strict=True):
+    for line, setting in zip(lines, best, strict=True):
         group = eval(line, {"torch": torch, "model": model}).param_groups[0]
         assert group["lr"] == pytest.approx(setting["learning_rate"], rel=1e-5)
         assert group["momentum"] == pytest.approx(setting.get("momentum", 0.0), rel=1e-5)
 
 
-def test_best_as_json_is_a_list_best_first(finished):
-    shell, _ = finished
-    found = json.loads(shell.run("best", "digits-mlp", "--format", "json"))
-    assert [f["objective"] for f in found] == sorted(f["objective"] for f in found)
-    assert {f["optimizer"] for f in found} == set(OPTIMIZERS)
-    for f in found:
+def test_best_as_json_is_a_list_best_first(best):
+    assert [f["objective"] for f in best] == sorted(f["objective"] for f in best)
+    assert {f["optimizer"] for f in best} == set(OPTIMIZERS)
+    for f in best:
         assert f["study"] == "digits-mlp"
         assert f["objective"] == f["best_valid_loss"]
         assert f["trial"] in range(64)
         assert ("momentum" in f) == (f["optimizer"] != "sgd")
 
 
-def test_optuna_reads_64_finished_trials_of_each_optimizer(finished):
+def test_optuna_reads_64_finished_trials_of_each_optimizer(finished, best):
     shell, _ = finished
     for optimizer in OPTIMIZERS:
         study = optuna.load_study(study_name=f"digits-mlp/{optimizer}", storage=shell.storage)
@@ -77,7 +81,6 @@ def test_optuna_reads_64_finished_trials_of_each_optimizer(finished):
         assert {t.state for t in study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
         names = {"learning_rate"} if optimizer == "sgd" else {"learning_rate", "one_minus_momentum"}
         assert all(set(t.params) == names for t in study.trials)
-        best = json.loads(shell.run("best", "digits-mlp", "--format", "json"))
         mine = next(b for b in best if b["optimizer"] == optimizer)
         assert study.best_value == mine["objective"]
         assert study.best_trial.number == mine["trial"]

@@ -39,11 +39,16 @@ def test_the_first_command_installs_and_runs_digits_mlp():
     assert run == "momentum-tuner run studies/digits-mlp.yaml"  # what the fixture `finished` runs
 
 
-def test_commands_on_digits_mlp_run(finished):
+@pytest.fixture(scope="module")
+def said(finished):
+    """What each command on digits-mlp says."""
     shell, _ = finished
-    assert len(README.commands("digits-mlp")) == 8
-    for arguments in README.commands("digits-mlp"):
-        assert shell.run(*arguments)
+    return {" ".join(arguments): shell.run(*arguments) for arguments in README.commands("digits-mlp")}
+
+
+def test_commands_on_digits_mlp_run(said):
+    assert len(said) == 8
+    assert all(said.values())
 
 
 def test_the_shown_table_has_the_columns_and_optimizers_of_the_real_one(finished):
@@ -71,9 +76,8 @@ def test_the_shown_verdict_has_the_headings_and_contestants_of_the_real_one(fini
     assert shown.count(" / ") == real.count(" / ") == 6
 
 
-def test_the_shown_torch_lines_have_the_form_of_the_real_ones(finished):
-    shell, _ = finished
-    real = shell.run("best", "digits-mlp", "--format", "torch")
+def test_the_shown_torch_lines_have_the_form_of_the_real_ones(said):
+    real = said["best digits-mlp --format torch"]
 
     def form(text):
         return sorted(re.sub(r"=[\d.e-]+", "=N", line) for line in text.strip().splitlines())

@@ -2,22 +2,34 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import optuna
 import psutil
 import pytest
 import sqlalchemy as sa
 
+TRIALS = 24
+
 
 @pytest.fixture
 def short_study(studies, tmp_path):
-    """digits-mlp with fewer epochs, confirmed on fewer seeds."""
-    text = (studies / "digits-mlp.yaml").read_text().replace("epochs: 20", "epochs: 4").replace("seeds: 10", "seeds: 3")
-    path = tmp_path / "digits-mlp.yaml"
-    path.write_text(text)
-    return str(path)
+    """digits-mlp with fewer trials and epochs, confirmed on fewer seeds."""
+    return shorten(studies / "digits-mlp.yaml", tmp_path, trials=TRIALS, epochs=4, seeds=2)
+
+
+def shorten(study: Path, folder: Path, **numbers: int) -> str:
+    """Write a study with other numbers into a folder; returns where it is."""
+    text = study.read_text()
+    for name, number in numbers.items():
+        text, found = re.subn(rf"\b{name}: \d+", f"{name}: {number}", text)
+        assert found == 1, name
+    (folder / study.name).write_text(text)
+    return str(folder / study.name)
 
 
 def trial_counts(shell) -> dict[str, int]:
@@ -43,23 +55,23 @@ def wait_for(shell, process, done: int) -> None:
                     return
         except sa.exc.OperationalError:
             pass  # the tables are not there yet
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise AssertionError("nothing got done")
 
 
-def exactly_64_of_each(shell) -> None:
+def exactly_the_budget_of_each(shell) -> None:
     contestants = ("sgd", "momentum", "nesterov", "momentum_0.9")
-    assert trial_counts(shell) == {f"digits-mlp/{o}": 64 for o in contestants} | {
-        f"digits-mlp/{o}/confirm": 3 for o in contestants
+    assert trial_counts(shell) == {f"digits-mlp/{o}": TRIALS for o in contestants} | {
+        f"digits-mlp/{o}/confirm": 2 for o in contestants
     }
     status = progress(shell)
     assert status["phase"] == "done"
-    assert all(o["done"] == o["tickets"] == 64 and o["failed"] == 0 for o in status["optimizers"])
+    assert all(o["done"] == o["tickets"] == TRIALS and o["failed"] == 0 for o in status["optimizers"])
 
 
-def test_four_workers_do_exactly_64_trials_per_optimizer(shell, short_study):
-    shell.run("run", short_study, "--workers", "4", "--slots", "16", "--tracking-uri", "none")
-    exactly_64_of_each(shell)
+def test_four_workers_do_exactly_the_trials_of_each_optimizer(shell, short_study):
+    shell.run("run", short_study, "--workers", "4", "--slots", "8", "--tracking-uri", "none")
+    exactly_the_budget_of_each(shell)
     engine = sa.create_engine(shell.storage)
     with engine.connect() as connection:
         holders = connection.execute(sa.text("SELECT worker_id, count(*) FROM tickets GROUP BY worker_id")).all()
@@ -78,15 +90,15 @@ def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
     stopped = progress(shell)
     assert stopped["workers"] == []
     assert all(o["running"] == 0 for o in stopped["optimizers"])
-    assert 10 <= sum(o["done"] for o in stopped["optimizers"]) < 192
+    assert 10 <= sum(o["done"] for o in stopped["optimizers"]) < 3 * TRIALS
     shell.run("resume", "digits-mlp")
-    exactly_64_of_each(shell)
+    exactly_the_budget_of_each(shell)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=shell.tracking)
     experiment = client.get_experiment_by_name("digits-mlp")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    assert len(runs) == 1 + 4 * 64 + 4 * 3
+    assert len(runs) == 1 + 4 * TRIALS + 4 * 2
     assert {r.info.status for r in runs} <= {"FINISHED", "KILLED"}
 
 
@@ -101,7 +113,7 @@ def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, sh
     out, error = process.communicate(timeout=280)
     assert process.returncode == 0, out + error
     assert "was ended by signal 9" in out
-    exactly_64_of_each(shell)
+    exactly_the_budget_of_each(shell)
 
 
 def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
@@ -112,7 +124,7 @@ def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
     out, error = process.communicate(timeout=280)
     assert process.returncode == 0, out + error
     assert "was ended by signal 9" in out
-    exactly_64_of_each(shell)
+    exactly_the_budget_of_each(shell)
 
 
 def test_a_second_run_at_the_same_time_joins(shell, short_study):
@@ -121,18 +133,18 @@ def test_a_second_run_at_the_same_time_joins(shell, short_study):
     for process in (first, second):
         out, error = process.communicate(timeout=280)
         assert process.returncode == 0, out + error
-    exactly_64_of_each(shell)
+    exactly_the_budget_of_each(shell)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=shell.tracking)
     experiment = client.get_experiment_by_name("digits-mlp")
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert len([r for r in runs if "mlflow.parentRunId" not in r.data.tags]) == 1
-    assert len(runs) == 1 + 4 * 64 + 4 * 3
+    assert len(runs) == 1 + 4 * TRIALS + 4 * 2
 
 
-def test_submit_then_a_worker_elsewhere_does_the_work(shell, studies):
-    out = shell.run("submit", str(studies / "quadratic.yaml"))
+def test_submit_then_a_worker_elsewhere_does_the_work(shell, studies, tmp_path):
+    out = shell.run("submit", shorten(studies / "quadratic.yaml", tmp_path, trials=8, refine=4, seeds=2))
     assert "Submitted quadratic" in out
     shell.run("worker", "quadratic", "--tracking-uri", "none")
     status = json.loads(shell.run("status", "quadratic", "--json"))
@@ -140,9 +152,8 @@ def test_submit_then_a_worker_elsewhere_does_the_work(shell, studies):
 
 
 def test_a_task_file_beside_the_study_runs_and_a_resume_needs_trust(shell, studies, tmp_path):
-    for name in ("own-task.yaml", "own_task.py"):
-        text = (studies / name).read_text().replace("trials: 32", "trials: 6").replace("epochs: 20", "epochs: 3")
-        (tmp_path / name).write_text(text)
+    shorten(studies / "own-task.yaml", tmp_path, trials=6, epochs=3, seeds=2)
+    shutil.copy(studies / "own_task.py", tmp_path)
     shell.run("submit", "own-task.yaml")
     message = shell.run("resume", "own-task", "--tracking-uri", "none", code=2)
     assert f"--trust {tmp_path / 'own_task.py'}" in message
