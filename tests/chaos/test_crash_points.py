@@ -81,7 +81,7 @@ def crash_and_complete(nursery: Nursery, database: Database, point: str, folder:
             "name": point,
             "task": {
                 "factory": "patient_task.py:build",
-                "params": {"notes": str(notes), "step_seconds": 0.03, "steps": 32 if late else 16},
+                "params": {"notes": str(notes), "step_seconds": 0.12, "steps": 8 if late else 4},
             },
             "optimizers": ["momentum_0.9"],
             "budget": {"trials": 4, "epochs": 3},
@@ -95,6 +95,7 @@ def crash_and_complete(nursery: Nursery, database: Database, point: str, folder:
         studies=(point,),
         slots=3,
         threads=1,
+        compiles="off",
         grace_seconds=GRACE_SECONDS,
         checkpoints=str(folder / "checkpoints"),
         checkpoint_seconds=0.3,

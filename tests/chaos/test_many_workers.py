@@ -25,7 +25,7 @@ from .ledger import check_ledger, open_ledger
 from .processes import Nursery
 
 WORKERS = 64
-TRIALS = 4 * WORKERS
+TRIALS = 2 * WORKERS
 CONNECTIONS = 3
 """A worker holds no more: two for tickets and heartbeat, one for Optuna."""
 

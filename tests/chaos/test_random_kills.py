@@ -29,8 +29,8 @@ TRIALS_AT_ONCE = 8
 """By so many trials of each optimizer the budget grows whenever less than two of three of them are left to claim."""
 GRACE_SECONDS = 3.0
 CHECKPOINT_SECONDS = 1.5
-STEP_SECONDS = 0.15
-STEPS = 22  # of an epoch, which so is more than two checkpoint intervals long
+STEP_SECONDS = 0.2
+STEPS = 16  # of an epoch, which so is more than two checkpoint intervals long
 STEPS_BETWEEN_CHECKPOINTS = CHECKPOINT_SECONDS / STEP_SECONDS
 """More steps than that cannot be trained in an interval, on any machine, as each sleeps so long."""
 KILLS_FOR_A_STOP = 10
@@ -94,6 +94,7 @@ class Chaos:
             studies=("chaos",),
             slots=SLOTS,
             threads=1,
+            compiles="off",
             ordinal=self.started,
             grace_seconds=GRACE_SECONDS,
             checkpoints=str(self.folder / "checkpoints"),
@@ -156,7 +157,7 @@ def test_nothing_is_lost_or_done_twice_while_workers_are_killed(postgresql_datab
         if len(chaos.kills) % KILLS_FOR_A_STOP == KILLS_FOR_A_STOP // 2 and not chaos.stopped:
             chaos.stop()
         chaos.grow()
-        time.sleep(chaos.chance.uniform(1.0, 3.0))
+        time.sleep(chaos.chance.uniform(0.7, 2.1))
         chaos.wake(time.monotonic())
         nursery.listen()
         assert all(p.code is None for p in chaos.workers), f"a worker ended by itself\n{nursery.last_words()}"
