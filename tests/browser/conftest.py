@@ -96,7 +96,7 @@ class Browser:
             if time.monotonic() > deadline:
                 self.shoot(f"failed-{what.replace(' ', '-')}", whole=False)
                 raise AssertionError(f"no {what} after {seconds:.0f} s in: {self.text()[:3000]}")
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def wait_for_words(self, *words: str) -> str:
         self.wait_for(lambda: all(word in self.text() for word in words), f"page with {words[0]}")
