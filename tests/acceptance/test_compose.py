@@ -317,7 +317,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     study.write_text(shortened(study.read_text()))
     for volume in yaml.safe_load(TEXT)["volumes"]:
         (tmp_path / volume).mkdir()
-    found = Machine(tmp_path, services(WORKER_OPTIONS="--workers 1 --slots 16"), {5432: free_port(), 5000: free_port()})
+    found = Machine(
+        tmp_path,
+        services(WORKER_OPTIONS="--workers 1 --slots 16 --compile off"),
+        {5432: free_port(), 5000: free_port()},
+    )
     stop_postgresql = start_postgresql(found)
     try:
         yield found

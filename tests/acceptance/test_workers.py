@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 TRIALS = 24
+QUICK = ("--slots", "8", "--compile", "off")
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def exactly_the_budget_of_each(shell) -> None:
 
 
 def test_four_workers_do_exactly_the_trials_of_each_optimizer(shell, short_study):
-    shell.run("run", short_study, "--workers", "4", "--slots", "8", "--tracking-uri", "none")
+    shell.run("run", short_study, "--workers", "4", *QUICK, "--tracking-uri", "none")
     exactly_the_budget_of_each(shell)
     engine = sa.create_engine(shell.storage)
     with engine.connect() as connection:
@@ -80,7 +81,7 @@ def test_four_workers_do_exactly_the_trials_of_each_optimizer(shell, short_study
 
 
 def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
-    process = shell.start("run", short_study, "--slots", "8")
+    process = shell.start("run", short_study, *QUICK)
     wait_for(shell, process, done=10)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
@@ -91,7 +92,7 @@ def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
     assert stopped["workers"] == []
     assert all(o["running"] == 0 for o in stopped["optimizers"])
     assert 10 <= sum(o["done"] for o in stopped["optimizers"]) < 3 * TRIALS
-    shell.run("resume", "digits-mlp")
+    shell.run("resume", "digits-mlp", *QUICK)
     exactly_the_budget_of_each(shell)
     from mlflow import MlflowClient
 
@@ -103,7 +104,7 @@ def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
 
 
 def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, short_study):
-    process = shell.start("run", short_study, "--workers", "2", "--slots", "8", "--tracking-uri", "none")
+    process = shell.start("run", short_study, "--workers", "2", *QUICK, "--tracking-uri", "none")
     wait_for(shell, process, done=10)
     engine = sa.create_engine(shell.storage)
     with engine.connect() as connection:
@@ -117,7 +118,7 @@ def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, sh
 
 
 def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
-    process = shell.start("run", short_study, "--workers", "2", "--slots", "8", "--tracking-uri", "none")
+    process = shell.start("run", short_study, "--workers", "2", *QUICK, "--tracking-uri", "none")
     wait_for(shell, process, done=10)
     (server,) = [p for p in psutil.Process(process.pid).children() if "momentum_tuner.fork_server" in p.cmdline()]
     server.kill()
@@ -128,8 +129,8 @@ def test_a_study_outlives_what_its_workers_were_forked_from(shell, short_study):
 
 
 def test_a_second_run_at_the_same_time_joins(shell, short_study):
-    first = shell.start("run", short_study, "--workers", "2", "--slots", "8")
-    second = shell.start("run", short_study, "--workers", "2", "--slots", "8")
+    first = shell.start("run", short_study, "--workers", "2", *QUICK)
+    second = shell.start("run", short_study, "--workers", "2", *QUICK)
     for process in (first, second):
         out, error = process.communicate(timeout=280)
         assert process.returncode == 0, out + error
