@@ -63,6 +63,12 @@ def test_compiling_is_worth_what_it_saves():
     assert measured.of(FUSED, 50, 1) == 1e-3 and measured.least(SEQUENTIAL) == float("inf")
 
 
+def test_threads_are_compared_at_the_width_that_was_measured_nearest():
+    found = Calibration({fused(4, 2): 3.0, fused(4): 2.0, fused(32, 2): 1.0, fused(32): 1.5, sequential(2): 5.0})
+    assert [found.fastest_threads(FUSED, width) for width in (1, 10, 30, 100)] == [1, 1, 2, 2]
+    assert found.fastest_threads(SEQUENTIAL, 8) == 2
+
+
 class Clock:
     """Stands in for the stopwatch: seconds by way, and how long each measurement takes."""
 

@@ -144,10 +144,33 @@ def test_the_threads_that_are_fastest_are_set(sqlite_database, monkeypatch):
     Pacing(sqlite_database, study, replace(OPTIONS, threads=2))
     assert asked == [2]
     mine = of(sqlite_database, study)
-    mine.write(Calibration({Way("fused", 16, 2): 0.5, Way("fused", 16, 1): 0.4}))
+    mine.write(Calibration({Way("sequential", 8, 1): 9.0, Way("fused", 16, 2): 0.5, Way("fused", 16, 1): 0.4}))
     asked.clear()
     Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     assert asked == [1, 1]
+
+
+@pytest.mark.parametrize(("slots", "threads"), [(4, 1), (20, 2)])
+def test_slots_that_were_asked_for_train_with_the_threads_that_are_fastest(
+    sqlite_database, monkeypatch, slots, threads
+):
+    study, asked = submit(sqlite_database), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    measured = {Way("fused", 4, 2): 3.0, Way("fused", 4, 1): 2.0, Way("fused", 16, 2): 0.5, Way("fused", 16, 1): 1.0}
+    of(sqlite_database, study).write(Calibration({Way("sequential", 8, 1): 9.0, **measured}))
+    monkeypatch.setattr(pace, "calibrate", lambda *_: pytest.fail("it was measured again"))
+    pacing = Pacing(sqlite_database, study, replace(OPTIONS, threads=None, slots=slots))
+    assert pacing.make_trainer(quadratic(dim=4), never).width == slots
+    assert asked == [threads]
+
+
+def test_what_is_known_of_slots_that_were_asked_for_is_no_choice_for_later_runs(sqlite_database):
+    study = submit(sqlite_database)
+    of(sqlite_database, study).write(Calibration({Way("fused", 3, 1): 1e-9}))
+    trainer = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
+    assert trainer.width > 3
+    assert {("sequential", 8), ("fused", 3), ("fused", 4), ("fused", 8)} <= set(rows(sqlite_database))
 
 
 def test_the_batch_size_is_the_studys_own_or_one_of_those_it_searches():

@@ -69,6 +69,11 @@ class Calibration:
     seconds: Mapping[Way, float] = field(default_factory=dict)
     compile_seconds: float | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether all ways were measured, and not some alone that a run was told to take."""
+        return any(way.mode == SEQUENTIAL for way in self.seconds)
+
     def best(self, most: int | None = None) -> Way:
         """The way to take, of those up to a width that need no compiling."""
         ways = [way for way in self.seconds if way.mode != COMPILED]
@@ -86,6 +91,11 @@ class Calibration:
         """Seconds of a trial-step in a mode, at this width or the one measured nearest to it."""
         near = [way for way in self.seconds if (way.mode, way.threads) == (mode, threads)]
         return self.seconds[min(near, key=lambda way: abs(way.width - width))] if near else None
+
+    def fastest_threads(self, mode: str, width: int) -> int:
+        """With how many CPU threads an operation is fastest in a mode at about this width."""
+        counts = {way.threads for way in self.seconds if way.mode == mode}
+        return min(sorted(counts), key=lambda threads: self.of(mode, width, threads) or float("inf"))
 
     def having(self, way: Way, seconds: float, compile_seconds: float | None = None) -> Calibration:
         """The same with one more measurement."""

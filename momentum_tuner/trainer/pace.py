@@ -56,12 +56,8 @@ class Pace:
         What goes wrong in the measurement is left to the trials, which are the ones to say so.
         """
         objective = self._objective
-        if not self.calibration.seconds:
-            try:
-                self.calibration = calibrate(objective, self._batch(), most, objective.batch_slots)
-            except Exception as error:
-                logger.info("the ways of training were not measured: %s", first_line(error))
-                return most if objective.batch_slots else min(most, SEQUENTIAL_WIDTH)
+        if not self._measure(most):
+            return most if objective.batch_slots else min(most, SEQUENTIAL_WIDTH)
         way = self.calibration.best(most)
         self.threads = way.threads
         if way.mode == FUSED:
@@ -70,6 +66,29 @@ class Pace:
             times = self.calibration.least(FUSED) / self.calibration.seconds[way]
             objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")
         return min(way.width, most)
+
+    def choose_threads(self, width: int, most: int) -> None:
+        """Take as many CPU threads as are fastest at a width that was asked for; all of them where that is not known.
+
+        Args:
+            width: slots at once.
+            most: up to which width it is measured, if it is not known.
+        """
+        if self._objective.device.type == "cpu" and torch.get_num_threads() > 1 and self._measure(most):
+            mode = FUSED if self._objective.batch_slots else SEQUENTIAL
+            self.threads = self.calibration.fastest_threads(mode, width)
+
+    def _measure(self, most: int) -> bool:
+        """Measure the ways of training up to a width, unless they are known; whether they are then."""
+        if not self.calibration.whole:
+            objective = self._objective
+            try:
+                found = calibrate(objective, self._batch(), most, objective.batch_slots)
+            except Exception as error:
+                logger.info("the ways of training were not measured: %s", first_line(error))
+                return False
+            self.calibration = replace(found, compile_seconds=self.calibration.compile_seconds)
+        return True
 
     def consider_compiling(self, width: int, trial_steps: float, sharing: int = 1) -> bool:
         """Compile the gradient at a width, if that is expected to save more time than it takes, and keep it if it does.

@@ -61,6 +61,8 @@ class Pacing:
         )
         if isinstance(trainer, LoopTrainer):
             return trainer
+        if self._options.slots is not None:
+            trainer.pace.choose_threads(trainer.width, self._most)
         self._calibrations.write(trainer.pace.calibration)
         if trainer.pace.threads is not None:
             torch.set_num_threads(trainer.pace.threads)
