@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ MOST_ABOVE = 400
 """Finished trials of the worse group that its density is made from: with all, a trial's cost grows with the study."""
 _NEWEST = 25
 """So many of the newest have full weight in Optuna's density; they all are among them."""
+_TAUGHT = (TrialState.COMPLETE, TrialState.PRUNED)
+"""Ends of trials that have something to teach."""
 _ABOVE_PER_DRAW = 64
 """With so many trials in the worse group, another one more does not change where to look: two are drawn at once."""
 
@@ -48,38 +51,66 @@ class _Fit:
 
 @dataclass
 class TPEMemory:
-    """What the samplers of one study's batches hand on: of finished trials, which never change, the best ones.
+    """What the samplers of one study's batches hand on: of finished trials, which never change, what was found.
 
     Attributes:
         below: of them the better group of the last batch.
-        ended: numbers of the finished trials that it was chosen from.
+        told: those that taught something, of the first ones of the study, which have all ended.
+        passed: how many first ones those are.
+        ended: numbers of the finished trials after them that `below` was chosen from.
         starting: whether there were too few finished trials to learn from.
     """
 
     below: list[FrozenTrial] = field(default_factory=list)
+    told: list[FrozenTrial] = field(default_factory=list)
+    passed: int = 0
     ended: set[int] = field(default_factory=set)
     starting: bool = True
 
-    def split(
-        self, study: optuna.Study, trials: list[FrozenTrial], size: int
-    ) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+    def split(self, study: optuna.Study, trials: list[FrozenTrial]) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
         """The better and the worse group, each by number, as `_split_trials` makes them, which compares all trials.
 
         The best of all are among as many of before and those that ended since. Running trials that went on from a rung
         and have reported again count as if they were pruned now: with many slots they are the best there is for long.
+        Of the worse group some are left out: see `_thinned`.
+
+        Args:
+            study: what is searched.
+            trials: all of them, in the order of their numbers.
         """
+        new = self._pass(trials)
+        rest = [t for t in trials[self.passed :] if t.state in _TAUGHT or t.state is TrialState.RUNNING]
+        ended = [t for t in rest if t.state.is_finished()]
+        running = [t for t in rest if t.state is TrialState.RUNNING]
+        told = [*self.told, *ended]
         if len(study.directions) > 1:
-            return _split_trials(study, trials, size)
-        ended = [t for t in trials if t.state.is_finished()]
+            below, above = _split_trials(study, [*self.told, *rest], default_gamma_multiobjective(len(told)))
+            told = [t for t in above if t.state is not TrialState.RUNNING]
+            return below, _thinned(told, [t for t in above if t.state is TrialState.RUNNING])
+        size = default_gamma(len(told))
+        candidates = told
         if len(self.below) == size:
-            ended = [*self.below, *(t for t in ended if t.number not in self.ended)]
-            ended.sort(key=lambda t: t.number)  # those that are alike keep their order
-        self.below, _ = _split_trials(study, ended, size)
-        self.ended.update(t.number for t in trials if t.state.is_finished())
-        promising = [_as_pruned(t) for t in trials if t.state is TrialState.RUNNING and len(t.intermediate_values) > 1]
+            candidates = [*self.below, *(t for t in [*new, *ended] if t.number not in self.ended)]
+            candidates.sort(key=lambda t: t.number)  # those that are alike keep their order
+        self.below, _ = _split_trials(study, candidates, size)
+        self.ended = {t.number for t in ended}
+        promising = [_as_pruned(t) for t in running if len(t.intermediate_values) > 1]
         below, _ = _split_trials(study, sorted([*self.below, *promising], key=lambda t: t.number), size)
         best = {t.number for t in below}
-        return below, [t for t in trials if t.number not in best]
+        for number in best:
+            at = bisect.bisect_left(told, number, key=lambda t: t.number)
+            if at < len(told) and told[at].number == number:
+                del told[at]
+        return below, _thinned(told, [t for t in running if t.number not in best])
+
+    def _pass(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Pass over the first trials that have all ended; returns those of them that teach something and are new."""
+        before = len(self.told)
+        while self.passed < len(trials) and trials[self.passed].state.is_finished():
+            if trials[self.passed].state in _TAUGHT:
+                self.told.append(trials[self.passed])
+            self.passed += 1
+        return self.told[before:]
 
 
 class BatchTPESampler(optuna.samplers.TPESampler):
@@ -155,14 +186,10 @@ class BatchTPESampler(optuna.samplers.TPESampler):
         fit.drawn += [{name: values[i].item() for name, values in samples.items()} for i in best]
 
     def _fit(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> _Fit:
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        trials = study.get_trials(deepcopy=False, states=states)
-        told = sum(trial.state is not TrialState.RUNNING for trial in trials)
-        gamma = default_gamma if len(study.directions) == 1 else default_gamma_multiobjective
-        below, above = self._memory.split(study, trials, gamma(told))
+        below, above = self._memory.split(study, study.get_trials(deepcopy=False))
         return _Fit(
             self._build_parzen_estimator(study, search_space, below, handle_below=True),
-            self._get_internal_repr(_thinned(above), search_space, study),
+            self._get_internal_repr(above, search_space, study),
         )
 
 
@@ -173,12 +200,10 @@ def _as_pruned(trial: FrozenTrial) -> FrozenTrial:
     return pruned
 
 
-def _thinned(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+def _thinned(told: list[FrozenTrial], running: list[FrozenTrial]) -> list[FrozenTrial]:
     """Those that run, the newest, and of the others so many that `MOST_ABOVE` have ended, spread evenly; in order."""
-    told = [i for i, trial in enumerate(trials) if trial.state is not TrialState.RUNNING]
-    if len(told) <= MOST_ABOVE:
-        return trials
-    older = told[:-_NEWEST]
-    spread = np.linspace(0, len(older) - 1, MOST_ABOVE - _NEWEST).round().astype(int)
-    dropped = set(older) - {older[i] for i in spread}
-    return [trial for i, trial in enumerate(trials) if i not in dropped]
+    if len(told) > MOST_ABOVE:
+        older = told[:-_NEWEST]
+        spread = np.linspace(0, len(older) - 1, MOST_ABOVE - _NEWEST).round().astype(int)
+        told = [*(older[i] for i in spread), *told[-_NEWEST:]]
+    return sorted([*told, *running], key=lambda t: t.number)

@@ -31,6 +31,8 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
     def __init__(self, min_resource: int, reduction_factor: int, min_early_stopping_rate: int = 0) -> None:
         super().__init__(min_resource, reduction_factor, min_early_stopping_rate)
         self._ended: set[int] = set()
+        self._passed = 0
+        """So many trials, the first of the study, have all ended and were looked at."""
         self._reached_by_ended: defaultdict[str, list[float]] = defaultdict(list)
         self._batch: int | None = None
         self._running: list[FrozenTrial] = []
@@ -72,7 +74,8 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
     def _look(self, study: optuna.Study) -> None:
         """Take in what has changed since the last batch."""
         self._values.clear()
-        new = [trial for trial in study.get_trials(deepcopy=False) if trial.number not in self._ended]
+        trials = study.get_trials(deepcopy=False)
+        new = [trial for trial in trials[self._passed :] if trial.number not in self._ended]
         self._running = [trial for trial in new if not trial.state.is_finished()]
         for trial in new:
             if trial.state.is_finished():
@@ -80,6 +83,8 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
                 for key, value in trial.system_attrs.items():
                     if key.startswith(_RUNG):
                         bisect.insort(self._reached_by_ended[key], value)
+        while self._passed < len(trials) and trials[self._passed].number in self._ended:
+            self._passed += 1
 
 
 class BatchHyperbandPruner(optuna.pruners.HyperbandPruner):

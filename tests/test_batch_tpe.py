@@ -96,7 +96,10 @@ def test_densities_and_draws_are_those_of_optunas_estimator(kernels):
 
 def test_a_thinned_group_has_all_that_run_and_the_newest_and_is_spread_over_the_rest(monkeypatch):
     monkeypatch.setattr(batch_tpe, "MOST_ABOVE", 60)
-    found = [trial.number for trial in batch_tpe._thinned(told(PLANE, 203).get_trials(deepcopy=False))]
+    trials = told(PLANE, 203).get_trials(deepcopy=False)
+    running = [trial for trial in trials if trial.state is TrialState.RUNNING]
+    ended = [trial for trial in trials if trial.state is not TrialState.RUNNING]
+    found = [trial.number for trial in batch_tpe._thinned(ended, running)]
     assert found == sorted(found)
     assert len(found) == 63
     assert found[-28:] == list(range(175, 203))
@@ -105,8 +108,9 @@ def test_a_thinned_group_has_all_that_run_and_the_newest_and_is_spread_over_the_
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_what_a_memory_splits_is_what_optuna_splits(direction):
-    """Trials end in any order; many are alike, so that the order of those tells."""
+def test_what_a_memory_splits_is_what_optuna_splits(direction, monkeypatch):
+    """Trials end in any order, some by an error; many are alike, so that the order of those tells."""
+    monkeypatch.setattr(batch_tpe, "MOST_ABOVE", 10_000)
     study = optuna.create_study(direction=direction)
     all_told = told(PLANE, 700).get_trials(deepcopy=False)
     for trial in all_told:
@@ -124,9 +128,11 @@ def test_what_a_memory_splits_is_what_optuna_splits(direction):
                 trial.state, trial.values, trial.system_attrs = TrialState.RUNNING, None, {}
                 reports = trial.number % 3  # of a trial that went on from a rung there are two
                 trial.intermediate_values = {e: valley(trial.params) for e in (1, 3)[:reports]}
-        size = default_gamma(sum(trial.state is not TrialState.RUNNING for trial in running))
-        below, above = memory.split(study, running, size)
-        judged = [copy.copy(trial) for trial in running]
+            elif trial.number % 37 == 36:
+                trial.state, trial.values = TrialState.FAIL, None
+        below, above = memory.split(study, running)
+        judged = [copy.copy(trial) for trial in running if trial.state is not TrialState.FAIL]
+        size = default_gamma(sum(trial.state is not TrialState.RUNNING for trial in judged))
         for trial in judged:
             if trial.state is TrialState.RUNNING and 3 in trial.intermediate_values:
                 trial.state = TrialState.PRUNED

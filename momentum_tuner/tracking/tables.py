@@ -36,6 +36,8 @@ COLUMNS: Mapping[str, str] = {
 }
 """The tables that are written to, as MLflow 3.17 has them; a release that has others is asked through its client."""
 DIALECTS = ("sqlite", "postgresql")
+_CACHE_KIBIBYTES = 128 * 1024
+"""At most; SQLite takes what it needs of it, and by itself 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class RunTables:
         self._input_tags: sa.Table = models.SqlInputTag.__table__
         if store.engine.dialect.name == "sqlite":
             from sqlalchemy.dialects.sqlite import insert
+
+            if not sa.event.contains(store.engine, "connect", _keep_pages):
+                sa.event.listen(store.engine, "connect", _keep_pages)
+                store.engine.dispose()  # connections that do not know it yet
         else:
             from sqlalchemy.dialects.postgresql import insert  # type: ignore[assignment]
         self._add_metric = insert(self._metrics).on_conflict_do_nothing()
@@ -260,6 +266,11 @@ class RunTables:
             tags = [{"input_uuid": key, "name": t.key, "value": t.value} for key in made.values() for t in data.tags]
             session.connection().execute(sa.insert(self._inputs), edges)
             session.connection().execute(sa.insert(self._input_tags), tags)
+
+
+def _keep_pages(connection: Any, _: Any) -> None:
+    """Give a connection memory for the pages of a large study, whose rows come to lie all over its indexes."""
+    connection.execute(f"PRAGMA cache_size = {-_CACHE_KIBIBYTES}").close()
 
 
 @dataclass(frozen=True)
