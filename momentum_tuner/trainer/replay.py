@@ -179,8 +179,9 @@ class Replay:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    kind.graph = capture(call, tensors, stacked, self._model)
-                    kind.captured = runner(kind.graph).forward
+                    graph = capture(call, tensors, stacked, self._model)
+                    kind.captured = runner(graph).forward
+                kind.graph = graph
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

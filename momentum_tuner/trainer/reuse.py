@@ -1,7 +1,7 @@
 """Lets a graph write results to memory that nothing reads any more: new memory is one more block to bring to the cache.
 
-Torch's own pass for this (`torch.fx.passes.reinplace`) takes graphs without any operation in place, as gradients have
-them, and finds out what shares memory by running the graph on fake tensors at one width.
+Torch's own pass for this (`torch.fx.passes.reinplace`) takes only graphs without operations in place, which gradients
+have, and runs them on fake tensors at one width to find out what shares memory.
 """
 
 from __future__ import annotations
