@@ -14,8 +14,6 @@ from momentum_tuner.trainer import Trainer
 from momentum_tuner.trainer.capture import capture, runner
 from momentum_tuner.trainer.state import TrialSettings
 
-Function = Callable[..., Sequence[Tensor]]
-
 
 def in_memory_of_its_argument(x, bias):
     return [torch.relu(torch.bmm(x, x) + bias)]
@@ -133,7 +131,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_gradients_are_the_same_to_the_last_bit_in_less_memory(name):
+def test_gradients_are_the_same_to_the_last_bit_in_place(name):
     trainer = Trainer(TASKS[name](), epochs=2, slots=3, device="cpu")
     replay = trainer.objective.replay
     replay.patience = 0

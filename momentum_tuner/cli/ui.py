@@ -28,6 +28,8 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
     if dashboard and find_spec("optuna_dashboard") is None:
         raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
     quiet_mlflow()
+    # MLflow would start eight more processes for jobs, which a view of runs has none of.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     uri = check_tracking_uri(tracking_uri)
     commands: list[list[str]] = []
     if uri.startswith(("http://", "https://")):
@@ -70,9 +72,7 @@ def _beside_python(program: str) -> str:
 
 def _run_all(commands: list[list[str]]) -> None:
     """Run servers until one ends or Ctrl-C comes; then end all."""
-    # MLflow would start eight more processes for jobs, which a view of runs has none of.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
-    servers = [subprocess.Popen(command, start_new_session=True, env=environment) for command in commands]
+    servers = [subprocess.Popen(command, start_new_session=True) for command in commands]
 
     def stop(*_: object) -> None:
         for server in servers:

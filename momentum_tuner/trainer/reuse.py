@@ -6,7 +6,7 @@ have, and runs them on fake tensors at one width to find out what shares memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,11 +139,6 @@ class _Memory:
             self._last[owner] = max(self._last[owner], self._last[mine])
 
     def _find(self, node: fx.Node) -> fx.Node:
-        *_, owner = self._path(node)
-        return owner
-
-    def _path(self, node: fx.Node) -> Iterator[fx.Node]:
-        yield node
         while self._owner[node] is not node:
             node = self._owner[node]
-            yield node
+        return node

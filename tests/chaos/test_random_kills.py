@@ -29,8 +29,8 @@ TRIALS_AT_ONCE = 8
 """By so many trials of each optimizer the budget grows whenever less than two of three of them are left to claim."""
 GRACE_SECONDS = 3.0
 CHECKPOINT_SECONDS = 1.5
-STEP_SECONDS = 0.2
-STEPS = 16  # of an epoch, which so is more than two checkpoint intervals long
+STEP_SECONDS = 0.15
+STEPS = 22  # of an epoch, which so is more than two checkpoint intervals long
 STEPS_BETWEEN_CHECKPOINTS = CHECKPOINT_SECONDS / STEP_SECONDS
 """More steps than that cannot be trained in an interval, on any machine, as each sleeps so long."""
 KILLS_FOR_A_STOP = 10
