@@ -120,8 +120,23 @@ def test_a_step_is_captured_after_some_calls_and_its_python_runs_no_more():
     tally.clear()
     trainer.objective.replay.patience = 30
     train(trainer, 3)  # of 22 steps each
-    # 30 calls, two traces, the comparison, which calls 32 and 64 repeat, and every evaluation, of which there were few
-    assert tally.count(64) == 30 + 2 + 3 and tally.count(360) == 1 + 3
+    # 30 calls, two traces, comparisons at two widths, of which calls 32 and 64 repeat one; few evaluations
+    assert tally.count(64) == 30 + 2 + 4 and tally.count(360) == 1 + 3
+
+
+def test_widths_between_two_that_were_compared_are_served_without_a_comparison():
+    calls, widths = Replay(nn.Identity()), []
+    calls.patience = 0
+
+    def function(x):
+        widths.append(len(x))
+        return [x * 2 + len(x)]
+
+    for width in (8, 7, 2, 6, 9, 1, 7, 8, 5, 3, 1, 9):
+        x = torch.randn(width, 3)
+        assert torch.equal(calls.call("f", function, (x, True))[0], x * 2 + width)
+    # Two traces; the narrowest, and the one at hand; at calls 2, 4 and 8 what comes; what is wider, and one slot.
+    assert widths == [3, 5, 2, 8, 7, 6, 9, 1, 8]
 
 
 def list_in(tally):
@@ -244,11 +259,16 @@ def test_a_graph_that_is_wrong_at_a_width_is_not_used(caplog):
     def square(x):  # which two traces take for a line
         return [x * x.shape[0] ** 2]
 
-    for width in (3, 5, 4, 3):
-        x = torch.randn(width, 2)
-        assert torch.equal(calls.call("f", square, (x, True))[0], square(x)[0])
+    def bent(x):  # which is a line up to 6
+        return [x * min(x.shape[0], 6)]
+
+    for function in (square, bent):
+        for width in (3, 5, 4, 3, 9, 8, 4):
+            x = torch.randn(width, 2)
+            assert torch.equal(calls.call(function.__name__, function, (x, True))[0], function(x)[0])
     assert [r.getMessage() for r in caplog.records] == [
-        "the steps are not captured: their graph gives other results at 4 slots"
+        "the steps are not captured: their graph gives other results at 2 slots",
+        "the steps are not captured: their graph gives other results at 9 slots",
     ]
 
 

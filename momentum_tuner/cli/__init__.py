@@ -115,7 +115,4 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    code = code if isinstance(code, int) else 0
-    if "torch" in sys.modules:
-        leave(code)
-    sys.exit(code)
+    leave(code if isinstance(code, int) else 0)

@@ -7,7 +7,7 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_engine,
 )
-from momentum_tuner.database.migrate import is_current, migrate, optuna_differs
+from momentum_tuner.database.migrate import is_current, migrate, optuna_differs, prepare_migration
 from momentum_tuner.database.models import (
     Base,
     Calibration,
@@ -37,5 +37,6 @@ __all__ = [
     "migrate",
     "optuna_differs",
     "plain_number",
+    "prepare_migration",
     "tune_engine",
 ]

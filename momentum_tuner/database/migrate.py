@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -37,6 +38,11 @@ def migrate(database: Database) -> None:
             create_optuna_tables(database)
     if database.dialect == "sqlite":
         create_optuna_tables(database)  # on a connection of its own, which our transaction would keep out
+
+
+def prepare_migration() -> None:
+    """Import what `migrate` and Optuna take to look at versions, in time that nobody else wants."""
+    import_module("alembic.command")
 
 
 def is_current(database: Database) -> bool:

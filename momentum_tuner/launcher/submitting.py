@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from momentum_tuner.database import Database, migrate
+from momentum_tuner.database import Database, migrate, prepare_migration
 from momentum_tuner.errors import StudyNotFoundError
 from momentum_tuner.spec import StudySpec, load_study
 from momentum_tuner.tasks import check_trust, trust_of
@@ -49,6 +49,7 @@ def put_study(
     from momentum_tuner.search import check_optuna, design
 
     if known_study(database, spec.name) is None:
+        prepare_migration()  # whoever checks the task is not there at once
         (check or load_checked_task)(spec, folder, trusted)
     migrate(database)
     check_optuna(database)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -67,11 +68,13 @@ def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direct
         )
     if len(names) < 2:
         return Importance(optimizer, len(trials), reason="only one hyperparameter is searched")
-    whole = _shares(trials, names, direction)
+    judged = [_by_first_aim(trial) for trial in trials]
+    study = optuna.create_study(direction=direction)
+    whole = _shares(study, judged, names)
     if whole is None:
         return Importance(optimizer, len(trials), reason="its trials do not differ enough")
     draws = random.Random(0)
-    again = [_shares(draws.choices(trials, k=len(trials)), names, direction) for _ in range(_RESAMPLES)]
+    again = [_shares(study, draws.choices(judged, k=len(judged)), names) for _ in range(_RESAMPLES)]
     spread = {name: sorted(shares[name] for shares in again if shares is not None) for name in names}
     low, high = (
         {name: values[round(q * (len(values) - 1))] for name, values in spread.items() if values} for q in _INTERVAL
@@ -85,19 +88,29 @@ def _importance(optimizer: str, trials: Sequence[FrozenTrial], direction: Direct
     )
 
 
-def _shares(trials: Sequence[FrozenTrial], names: Sequence[str], direction: Direction) -> dict[str, float] | None:
-    """PED-ANOVA's importance of each hyperparameter; None where trials do not differ."""
-    values = {t.values[0] for t in trials}
-    if len(values) < 2:
+def _by_first_aim(trial: FrozenTrial) -> FrozenTrial:
+    """The same trial, of a study with one aim."""
+    judged = copy.copy(trial)
+    judged.values = trial.values[:1]
+    return judged
+
+
+def _shares(study: optuna.Study, trials: Sequence[FrozenTrial], names: Sequence[str]) -> dict[str, float] | None:
+    """PED-ANOVA's importance of each hyperparameter; None where trials do not differ.
+
+    Args:
+        study: an empty one, of the direction. It is lent the trials, as adding them copies each, which takes longer
+            than all else.
+        trials: complete ones, of one value; one may be there several times.
+        names: of the hyperparameters.
+    """
+    if len({t.value for t in trials}) < 2:
         return None
-    study = optuna.create_study(direction=direction)
-    study.add_trials(
-        [optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=t.values[0]) for t in trials]
-    )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.simplefilter("error", UserWarning)  # its best tenth is all trials: then it would call all names equal
+        study.get_trials = lambda *_, **__: list(trials)  # type: ignore[method-assign]
         try:
             found = optuna.importance.get_param_importances(study, evaluator=evaluator)
         except UserWarning:

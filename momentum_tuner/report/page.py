@@ -18,7 +18,7 @@ from datetime import datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from momentum_tuner.database import Database
 from momentum_tuner.errors import redact
@@ -29,6 +29,9 @@ from momentum_tuner.report.sections import Section, Table, sections
 from momentum_tuner.report.trials import TrialRow, trials_columns
 from momentum_tuner.report.words import DEFINITIONS, duration, fairness, headline, moment, pair_words, target_words
 from momentum_tuner.tickets import StudyRecord
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _DIGITS = 6
@@ -88,7 +91,6 @@ def render_figures(evidence: Evidence, title: str, figures: Sequence[Figure]) ->
 def _page(
     evidence: Evidence, found: Sequence[Section], context: Mapping[str, Any], trials: Mapping[str, Any] | None
 ) -> str:
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     figures = {f.name: f for s in found for f in s.figures}
@@ -96,9 +98,7 @@ def _page(
         "figures": {name: {"data": f.data, "layout": f.layout, "height": f.height} for name, f in figures.items()},
         "trials": trials,
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.tests["number_like"] = lambda text: _NUMBER.fullmatch(text) is not None
-    page = environment.from_string(_asset("page.html.j2")).render(
+    page = page_template().render(
         context,
         policy=POLICY,
         title=f"{evidence.study.name}: momentum-tuner",
@@ -129,6 +129,16 @@ def _asset(name: str) -> str:
     if not name.endswith(".j2") and "</" in text:
         raise ValueError(f"{name} could end the element that it is in")
     return text
+
+
+@functools.cache
+def page_template() -> Template:
+    """The page as it is filled in; jinja2 takes as long to read it as to fill in several."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.tests["number_like"] = lambda text: _NUMBER.fullmatch(text) is not None
+    return environment.from_string(_asset("page.html.j2"))
 
 
 @functools.cache

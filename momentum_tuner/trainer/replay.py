@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from momentum_tuner.trainer.capture import capture, runner
+from momentum_tuner.trainer.capture import capture, copies, runner
 from momentum_tuner.trainer.compiling import compile_graph, turn_to_compile, was_compiled
 from momentum_tuner.trainer.memory import first_line, is_out_of_memory
 
@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 32
 """Calls of a kind before it is captured: that takes as long as some ten to hundred calls save."""
+NARROWEST = 2
+"""Slots at which a graph is compared as soon as it is there. One that gives the same there and at some greater width,
+and was made of traces at two more, serves all between: no number that it computes from the width is bent."""
 SAME = 1e-4
 """Relative difference of a graph's results from the function's own above which the graph is not used."""
 
@@ -37,9 +40,11 @@ class _Kind:
     refused: bool = False
     graph: fx.GraphModule | None = None
     captured: Runner | None = None
+    widest: int = 0
+    """The greatest width at which the captured graph gave the same."""
     compiled: Runner | None = None
     runners: dict[int, Runner] = field(default_factory=dict)
-    """What serves each width that has been seen, once its results were compared."""
+    """What serves each width that has been seen, once its results were compared, there or on both sides."""
 
 
 @dataclass(slots=True)
@@ -124,7 +129,11 @@ class Replay:
         """What a prepared function returns for these tensors."""
         kind = call.kind
         kind.calls += 1
-        known = kind.runners.get(len(tensors[0]))
+        width = len(tensors[0])
+        known = kind.runners.get(width)
+        if known is None and NARROWEST <= width < kind.widest and not self._is_compiled(call.name, kind):
+            assert kind.captured is not None
+            known = kind.runners[width] = kind.captured
         if known is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
             return known(*tensors)
         if kind.refused or kind.calls <= self.patience:
@@ -175,35 +184,56 @@ class Replay:
         self, name: str, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]
     ) -> Sequence[Tensor]:
         """Call the function itself, and let what gives the same serve this width from now on."""
-        if kind.graph is None or kind.captured is None:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    graph = capture(call, tensors, stacked, self._model)
-                    kind.captured = runner(graph).forward
-                kind.graph = graph
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                logger.info("the steps are not captured: %s", first_line(error))
-                kind.refused = True
-                return call(*tensors)
+        if kind.captured is None and not self._capture(kind, call, tensors, stacked):
+            return call(*tensors)
+        assert kind.graph is not None and kind.captured is not None
+        width = len(tensors[0])
         candidates: list[Runner] = [kind.captured]
-        if (name in self.compiles or kind.compiled is not None) and len(tensors[0]) > 1:
+        if self._is_compiled(name, kind) and width > 1:
             candidates[:0] = self._compiled(kind, kind.graph, tensors, stacked)
-        copies = [
-            [t.clone() if has_rows else t for t, has_rows in zip(tensors, stacked, strict=True)] for _ in candidates
-        ]
+        rows = list(zip(tensors, stacked, strict=True))
+        owns = [[t.clone() if has_rows else t for t, has_rows in rows] for _ in candidates]
         expected = call(*tensors)
-        for candidate, own in zip(candidates, copies, strict=True):
-            found = self._try(candidate, own)
-            if found is not None and _alike([*found, *own], [*expected, *tensors]):
-                kind.runners[len(tensors[0])] = candidate
+        for candidate, own in zip(candidates, owns, strict=True):
+            if _gives(candidate, own, [*expected, *tensors]):
+                kind.runners[width] = candidate
+                if candidate is kind.captured:
+                    kind.widest = max(kind.widest, width)
                 return expected
-        logger.info("the steps are not captured: their graph gives other results at %d slots", len(tensors[0]))
+        self._refuse(kind, width)
+        return expected
+
+    def _capture(self, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]) -> bool:
+        """Capture a function; whether there is a graph that gives the same at `NARROWEST` slots."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = capture(call, tensors, stacked, self._model)
+                captured: Runner = runner(graph).forward
+                narrow, own = copies(tensors, stacked, NARROWEST), copies(tensors, stacked, NARROWEST)
+                expected = call(*narrow)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            logger.info("the steps are not captured: %s", first_line(error))
+            kind.refused = True
+            return False
+        if not _gives(captured, own, [*expected, *narrow]):
+            self._refuse(kind, NARROWEST)
+            return False
+        kind.graph, kind.captured = graph, captured
+        return True
+
+    def _refuse(self, kind: _Kind, width: int) -> None:
+        """Use no graph from now on, as it is wrong at a width."""
+        logger.info("the steps are not captured: their graph gives other results at %d slots", width)
         kind.refused = True
         kind.runners.clear()
-        return expected
+        kind.widest = 0
+
+    def _is_compiled(self, name: str, kind: _Kind) -> bool:
+        """Whether a compiled graph serves a kind, or is to be made."""
+        return name in self.compiles or kind.compiled is not None
 
     def _compiled(
         self, kind: _Kind, graph: fx.GraphModule, tensors: Sequence[Tensor], stacked: Sequence[bool]
@@ -217,14 +247,16 @@ class Replay:
                 self.failed = True
         return [] if kind.compiled is None else [kind.compiled]
 
-    def _try(self, candidate: Runner, tensors: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """What a graph returns, None if it cannot serve these tensors."""
-        try:
-            return candidate(*tensors)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return None
+
+def _gives(candidate: Runner, tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether a graph gives what is expected: what it returns, and then what it leaves in its arguments."""
+    try:
+        found = [*candidate(*tensors), *tensors]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return _alike(found, expected)
 
 
 def _flatten(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from momentum_tuner.launcher.devices import available_cores
-
 EPOCHS = 20
 BATCH_SIZE = 64
 SEED = 0
@@ -129,6 +127,8 @@ def run_optuna(subject: Subject, loop: str, folder: Path, trials: int, seed: int
     import mlflow
     import optuna
 
+    from momentum_tuner.launcher.devices import available_cores
+
     optuna.storages.RDBStorage(f"sqlite:///{folder}/optuna.db")  # so that the processes do not create them at once
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     mlflow.set_experiment("study")
@@ -149,6 +149,8 @@ def run_ray(subject: Subject, folder: Path, trials: int, seed: int) -> None:
     """Ray Tune with ASHA and random search, one CPU per trial."""
     import ray
     from ray import tune
+
+    from momentum_tuner.launcher.devices import available_cores
 
     def trainable(config: Mapping[str, Any]) -> None:
         sys.path.insert(0, str(HERE))
@@ -180,7 +182,7 @@ def run_ours(subject: Subject, folder: Path, trials: int, seed: int, pruner: str
 
     The seed is the samplers' alone, as workers of several commands have each their own.
     """
-    from momentum_tuner.cli import cli
+    from momentum_tuner.cli import main as command
 
     study = {
         "name": "study",
@@ -206,7 +208,8 @@ def run_ours(subject: Subject, folder: Path, trials: int, seed: int, pruner: str
         from momentum_tuner.launcher import running
 
         running.make_workers = functools.partial(running.make_workers, ordinal=1000 * seed)
-    cli(["run", str(file), *storage, *tracking], standalone_mode=False)
+    sys.argv = ["momentum-tuner", "run", str(file), *storage, *tracking]
+    command()
 
 
 def main() -> None:
