@@ -1098,8 +1098,9 @@ def test_a_publisher_that_lost_its_lease_as_it_wrote_all_at_once_notes_nothing(d
 def test_threads_that_publish_at_once_double_nothing(database, make_spec, uri):
     study = finished_study(database, make_spec, trials=6)
     loops = [PublisherLoop(database, ["digits-mlp"], uri, f"p{n}") for n in range(2)]
-    found = []
-    threads = [threading.Thread(target=lambda one=one: found.append(one.run(lambda: True, 0.05))) for one in loops]
+    found, finishing = [], threading.Event()
+    finishing.set()
+    threads = [threading.Thread(target=lambda one=one: found.append(one.run(finishing, 0.05))) for one in loops]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -1186,7 +1187,7 @@ class Loop:
         self.thread.start()
 
     def work(self) -> None:
-        self.whole = self.loop.run(self.finishing.is_set, 0.1)
+        self.whole = self.loop.run(self.finishing, 0.1)
 
     def finish(self) -> bool:
         self.finishing.set()

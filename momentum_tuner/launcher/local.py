@@ -189,6 +189,13 @@ class LocalWorkers:
             self._end_server()
         return bool(self._workers)
 
+    def rest(self, seconds: float) -> None:
+        """Wait for so long at most: to the next time that there may be something to see to."""
+        if self._server is not None and self._server.alive:
+            self._server.listen(seconds)
+        else:
+            time.sleep(seconds)
+
     def drain(self) -> None:
         """Ask the workers to give their trials back and end."""
         if self._stopping:
@@ -203,7 +210,7 @@ class LocalWorkers:
         """Drain, and wait for the end."""
         self.drain()
         while self.watch():
-            time.sleep(0.05)
+            self.rest(0.05)
 
     def kill(self) -> None:
         """End all workers at once, as a second Ctrl-C does."""

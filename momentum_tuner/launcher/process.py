@@ -146,7 +146,7 @@ def _publish(order: dict[str, Any]) -> int:
     threading.Thread(target=_prepare_report, name="report", daemon=True).start()
     database = Database(str(order["storage"]))
     name = f"publisher-{uuid.uuid4().hex[:12]}"
-    whole = PublisherLoop(database, order["studies"], str(order["tracking_uri"]), name).run(finishing.is_set)
+    whole = PublisherLoop(database, order["studies"], str(order["tracking_uri"]), name).run(finishing)
     database.close()
     return 0 if whole else 3
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ def run_study(
         while workers.watch():
             signals.tell(page.say)
             page.update(study)
-            time.sleep(POLL_SECONDS)
+            workers.rest(POLL_SECONDS)
         page.update(study, last=True)
         progress = study_progress(database, study)
         if place.tracking_uri is not None and progress.phase == "done":
@@ -177,7 +176,7 @@ def serve_studies(
         workers.start(names, place.tracking_uri)
         while workers.watch():
             signals.tell(say)
-            time.sleep(POLL_SECONDS)
+            workers.rest(POLL_SECONDS)
         workers.finish_publishing(PUBLISH_SECONDS)
     raise_failures(workers)
 

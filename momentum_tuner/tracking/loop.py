@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
@@ -44,8 +45,8 @@ class PublisherLoop:
         self._whole: dict[int, StudyRecord] = {}  # as they were when all of them was shown
         self._failing = False
 
-    def run(self, finishing: Callable[[], bool], every: float = 1.0) -> bool:
-        """Publish until `finishing()`, then once more.
+    def run(self, finishing: threading.Event, every: float = 1.0) -> bool:
+        """Publish until `finishing` is set, then once more.
 
         Where another publisher works on one of the studies, wait until that has ended, or has lost its lease.
 
@@ -55,7 +56,7 @@ class PublisherLoop:
         pause = every
         patience = LEASE_SECONDS + every
         while True:
-            last = finishing()
+            last = finishing.is_set()
             whole = self._try_pass()
             pause = every if whole is not None else min(max(pause, every) * 2, LONGEST_PAUSE)
             if last and (whole is not False or patience <= 0.0):
@@ -64,9 +65,7 @@ class PublisherLoop:
                 patience -= every
                 time.sleep(every)
                 continue
-            deadline = time.monotonic() + pause
-            while time.monotonic() < deadline and not finishing():
-                time.sleep(min(0.1, every))
+            finishing.wait(pause)
         return self._leave(whole is True)
 
     def _try_pass(self) -> bool | None:

@@ -153,6 +153,10 @@ class RayWorkers:
             self._follow()
         return bool(self._actors) or self._wanted() > 0
 
+    def rest(self, seconds: float) -> None:
+        """Wait for so long."""
+        time.sleep(seconds)
+
     def drain(self) -> None:
         """Ask the workers to give their trials back and end; `watch` passes it on and gives them 8 s.
 
