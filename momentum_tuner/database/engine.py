@@ -228,8 +228,8 @@ def _harmless(text: str) -> str:
     return f"{scheme[0] if scheme else ''}***"
 
 
-def insert_new(dialect: str, table: type[Any]) -> Any:
-    """An INSERT into a mapped table that passes over rows whose primary key exists."""
+def insert_new(dialect: str, table: Any) -> Any:
+    """An INSERT into a table, or a mapped class, that passes over rows whose primary key exists."""
     if dialect == "sqlite":
         from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 
