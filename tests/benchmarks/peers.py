@@ -23,7 +23,7 @@ LOWEST, HIGHEST = 1e-4, 1.0
 LEAST_REST, MOST_REST = 1e-3, 1.0
 """Bounds of the learning rate, and of 1 - momentum."""
 HERE = Path(__file__).parent
-MANY = 10_000
+MANY = 30_000
 """A budget that no run here comes to the end of."""
 
 
