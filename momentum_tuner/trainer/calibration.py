@@ -21,8 +21,9 @@ from momentum_tuner.trainer.update import UPDATE, Standing
 
 SEQUENTIAL, FUSED, COMPILED = "sequential", "fused", "compiled"
 MODES = (SEQUENTIAL, FUSED, COMPILED)
-SEQUENTIAL_WIDTH = 8
-"""Slots at once where they train one after the other; more would only lose more to a worker that dies."""
+SEQUENTIAL_WIDTH = 2
+"""Slots at once where they train one after the other: more would take as long for each, and be through later, so that
+trials that begin meanwhile know less of others. A worker that dies would lose more, too."""
 NARROWEST = 4
 ENOUGH = 1.03
 """A way that takes at most this much longer than the fastest is as good: the narrowest of those is taken, as trials
