@@ -20,7 +20,6 @@ from momentum_tuner.tickets import (
     submit_study,
 )
 from momentum_tuner.trainer import Calibration, Way, pace
-from momentum_tuner.trainer.calibration import SEQUENTIAL_WIDTH
 from momentum_tuner.worker.calibrations import Calibrations
 from momentum_tuner.worker.pacing import Pacing, usual_batch_size
 from momentum_tuner.worker_options import WorkerOptions
@@ -130,7 +129,7 @@ def test_a_worker_measures_once_and_the_next_takes_that(sqlite_database, monkeyp
     study = submit(sqlite_database)
     first = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     found = rows(sqlite_database)
-    assert ("sequential", SEQUENTIAL_WIDTH) in found and ("fused", 4) in found
+    assert ("sequential", 2) in found and ("fused", 4) in found
     assert max(width for _, width in found) <= 32 and first.width <= 32  # two workers share the device
     monkeypatch.setattr(pace, "calibrate", lambda *_: pytest.fail("it was measured again"))
     second = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
@@ -171,7 +170,7 @@ def test_what_is_known_of_slots_that_were_asked_for_is_no_choice_for_later_runs(
     of(sqlite_database, study).write(Calibration({Way("fused", 3, 1): 1e-9}))
     trainer = Pacing(sqlite_database, study, OPTIONS).make_trainer(quadratic(dim=4), never)
     assert trainer.width > 3
-    assert {("sequential", SEQUENTIAL_WIDTH), ("fused", 3), ("fused", 4), ("fused", 8)} <= set(rows(sqlite_database))
+    assert {("sequential", 2), ("fused", 3), ("fused", 4), ("fused", 8)} <= set(rows(sqlite_database))
 
 
 def test_the_batch_size_is_the_studys_own_or_one_of_those_it_searches():

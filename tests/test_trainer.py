@@ -17,7 +17,6 @@ from momentum_tuner import Task
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import check_task, digits_cnn, digits_mlp, double_well, quadratic, rosenbrock
 from momentum_tuner.trainer import ScheduleSettings, SlotState, Trainer, TrialSettings
-from momentum_tuner.trainer.calibration import SEQUENTIAL_WIDTH
 from momentum_tuner.trainer.data import MemorySource, TrainingData
 from momentum_tuner.trainer.dropout import KeyedDropout, _Calls, key_dropout, step_keys
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
@@ -480,7 +479,7 @@ def test_a_model_that_vmap_cannot_batch_trains_one_at_a_time_and_the_log_says_wh
         f"the model trains one slot at a time: {trainer.objective.reason}"
     ]
     assert REFUSED[model] in trainer.objective.reason and "\n" not in trainer.objective.reason
-    assert trainer.width == SEQUENTIAL_WIDTH
+    assert trainer.width == 2
     settings = {
         "a": momentum(seed=1),
         "b": momentum(0.01, optimizer="nesterov"),
