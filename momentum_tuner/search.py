@@ -13,14 +13,14 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
 from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
@@ -100,34 +100,43 @@ class Search:
         Raises:
             TrialLostError: another worker has adopted the ticket, and this trial was failed as a leftover meanwhile.
         """
-        (asked,) = self.ask_all(place, [(ticket_id, fixed)])
+        (asked,) = self.ask_all([(place, ticket_id, fixed)])
         return _not_lost(asked, ticket_id)
 
-    def ask_all(self, place: str, wanted: Sequence[tuple[int, Mapping[str, Any] | None]]) -> list[AskedTrial | None]:
-        """New trials for tickets. The sampler looks at what was told once for all of them.
+    def ask_all(self, wanted: Sequence[tuple[str, int, Mapping[str, Any] | None]]) -> list[AskedTrial | None]:
+        """New trials for tickets. The sampler of a place looks at what was told once for all of them.
 
         Args:
-            place: whose study is asked.
-            wanted: the ticket of each, written on the trial as it is created, so that no trial is ever without its
-                ticket; and Optuna parameters set in advance, of which the sampler is not asked.
+            wanted: of each the place whose study is asked; its ticket, written on the trial as it is created, so that
+                no trial is ever without its ticket; and Optuna parameters set in advance, of which the sampler is not
+                asked.
 
         Returns:
             The trials, in order; None where another worker has adopted the ticket, and failed this trial as a leftover.
         """
-        space = self._distributions[_contestant(place)]
-        templates = [
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=dict(fixed or {}),
-                distributions={name: space[name] for name in fixed or {}},
-                user_attrs={TICKET: ticket_id},
-            )
-            for ticket_id, fixed in wanted
-        ]
+        if not wanted:
+            return []
         with self._in_batch():
-            made = self._storage.create_trials(self._study(place)._study_id, templates)
+            templates: dict[str, list[FrozenTrial]] = {}
+            for place, ticket_id, fixed in wanted:
+                templates.setdefault(place, []).append(self._template(place, ticket_id, fixed or {}))
+            study_ids = {place: self._study(place)._study_id for place in templates}
+            made = self._storage.create_trials({study_ids[place]: some for place, some in templates.items()})
             crash_point("asking")
-            return self._suggest(place, [trial._trial_id for trial in made])
+            ids = {place: [trial._trial_id for trial in made[study_ids[place]]] for place in templates}
+            suggested = self._suggest(ids)
+            left = {place: iter(some) for place, some in ids.items()}
+            return [suggested.get(next(left[place])) for place, _, _ in wanted]
+
+    def _template(self, place: str, ticket_id: int, fixed: Mapping[str, Any]) -> FrozenTrial:
+        """A trial as it is created."""
+        space = self._distributions[_contestant(place)]
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(fixed),
+            distributions={name: space[name] for name in fixed},
+            user_attrs={TICKET: ticket_id},
+        )
 
     def recall(self, place: str, ticket_id: int) -> AskedTrial | None:
         """The running trial that carries this ticket, if a worker asked for it and died before it noted it.
@@ -138,8 +147,8 @@ class Search:
         with self._in_batch():
             for frozen in self._running(place):
                 if frozen.user_attrs.get(TICKET) == ticket_id:
-                    (found,) = self._suggest(place, [frozen._trial_id])
-                    return _not_lost(found, ticket_id)
+                    suggested = self._suggest({place: [frozen._trial_id]})
+                    return _not_lost(suggested.get(frozen._trial_id), ticket_id)
         return None
 
     def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
@@ -215,6 +224,10 @@ class Search:
             with self._reaching():
                 yield
 
+    def let_go(self, trial_ids: Iterable[int]) -> None:
+        """Other workers go on with these trials: what they write of them is to be seen."""
+        self._storage.let_go(trial_ids)
+
     def close(self) -> None:
         """Give the connections back."""
         self._backend.remove_session()
@@ -239,37 +252,39 @@ class Search:
         places = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         return [place for place in places if not place.endswith(_RUNGS)]
 
-    def _running(self, place: str) -> list[optuna.trial.FrozenTrial]:
+    def _running(self, place: str) -> list[FrozenTrial]:
         return self._study(place).get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
-    def _suggest(self, place: str, trial_ids: Sequence[int]) -> list[AskedTrial | None]:
-        """The settings of running trials, as far as they are not set by the sampler; None for those ended elsewhere."""
-        optimizer = _contestant(place)
-        numbers = [self._storage.get_trial_number_from_id(trial_id) for trial_id in trial_ids]
-        # A study keeps the trials it has seen until its own next `ask` or `tell`: a new one sees what others told.
-        # A new sampler, as one that starts again from the same seed would draw the points of its last life again.
-        study = optuna.load_study(
-            study_name=study_name(self.spec.name, place),
-            storage=self._storage,
-            sampler=optuna.samplers.RandomSampler(),
-            pruner=self._study(place).pruner,
-        )
-        space = self._distributions[optimizer]
-        memory = self._memories.setdefault(place, TPEMemory())
-        sampler_of = make_samplers(self.spec, space, self._worker_seed, memory)
-        drawn: dict[int, Mapping[str, Any]] = {}
-        for trial_id, number in zip(trial_ids, numbers, strict=True):
-            study.sampler = sampler_of(number)
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial = optuna.Trial(study, trial_id)
-                drawn[trial_id] = {name: _suggest_one(trial, name, d) for name, d in space.items()}
-        lost = self._storage.flush()
-        return [
-            AskedTrial(trial_id, number, settings(self.spec, optimizer, drawn[trial_id]))
-            if trial_id in drawn and trial_id not in lost
-            else None
-            for trial_id, number in zip(trial_ids, numbers, strict=True)
-        ]
+    def _suggest(self, trial_ids: Mapping[str, Sequence[int]]) -> dict[int, AskedTrial]:
+        """The settings of running trials, as far as the sampler does not set them; those ended elsewhere are left out.
+
+        Args:
+            trial_ids: by place, in the order of their numbers.
+        """
+        suggested: dict[int, AskedTrial] = {}
+        for place, ids in trial_ids.items():
+            optimizer = _contestant(place)
+            # A study keeps the trials it has seen until its own next `ask` or `tell`: a new one sees what others told.
+            # A new sampler, as one that starts again from the same seed would draw the points of its last life again.
+            study = optuna.load_study(
+                study_name=study_name(self.spec.name, place),
+                storage=self._storage,
+                sampler=optuna.samplers.RandomSampler(),
+                pruner=self._study(place).pruner,
+            )
+            space = self._distributions[optimizer]
+            memory = self._memories.setdefault(place, TPEMemory())
+            sampler_of = make_samplers(self.spec, space, self._worker_seed, memory)
+            for trial_id in ids:
+                number = self._storage.get_trial_number_from_id(trial_id)
+                study.sampler = sampler_of(number)
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    trial = optuna.Trial(study, trial_id)
+                    drawn = {name: _suggest_one(trial, name, d) for name, d in space.items()}
+                    suggested[trial_id] = AskedTrial(trial_id, number, settings(self.spec, optimizer, drawn))
+        for trial_id in self._storage.flush():
+            suggested.pop(trial_id, None)
+        return suggested
 
     def _study(self, place: str) -> optuna.Study:
         """The Optuna study of a place, made if it is not there; nobody asks its sampler."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,9 @@ class TrialCache(_CachedStorage):
         self._batches = 0
         self._newest: dict[int, int] = {}
         self._due: dict[int, float] = {}
-        self._made: set[int] = set()
+        self._mine: set[int] = set()
+        self._newest_mine: dict[int, int] = {}
+        self._names: dict[str, int] = {}
         self._fresh = True
 
     @property
@@ -57,9 +59,9 @@ class TrialCache(_CachedStorage):
         ends by an error, nothing is that was not flushed. A batch within a batch goes on with what that has read.
 
         Args:
-            fresh: whether trials that ran when they were read last are read again in any case; otherwise only as often
-                as that takes a thirtieth of the time. What this process wrote of them it knows, and of many workers
-                each would read what all the others do, all the time.
+            fresh: whether trials that ran when they were read last are read again in any case; otherwise only those of
+                others, and as often as that takes a thirtieth of the time. What this process wrote of its own it knows,
+                and of many workers each would read what all the others do, all the time.
         """
         if self._read is not None:
             yield
@@ -72,6 +74,7 @@ class TrialCache(_CachedStorage):
             self.flush()
         except BaseException:
             self._due.clear()  # what is kept of some trials is not in the database
+            self._mine.clear()
             raise
         finally:
             self._read, self._writes, self._fresh = None, TrialWrites(), True
@@ -83,15 +86,13 @@ class TrialCache(_CachedStorage):
         now = datetime.datetime.now(datetime.UTC)
         with self._database.write() as session:
             lost = write_trials(session, self._writes, now)
-            known = self._made - lost  # nobody else has written to these
-            read = (lost | set(self._writes.ends)) - known
-            for study_id in {self._trial_id_to_study_id_and_number[trial_id][0] for trial_id in read}:
-                self._take(study_id, read_trials(session, study_id, read, None))
+            self._mine -= lost  # nobody else has written to the rest
+            if read := lost | (self._writes.ends.keys() - self._mine):
+                self._take(read_trials(session, {}, read))
         for trial_id, (state, values) in self._writes.ends.items():
-            if trial_id in known:
+            if trial_id in self._mine:
                 study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-                self._take(study_id, [ended(self._studies[study_id].trials[number], state, values, now)])
-        self._made.difference_update(lost, self._writes.ends)
+                self._take({study_id: [ended(self._studies[study_id].trials[number], state, values, now)]})
         self._writes = TrialWrites()
         return lost
 
@@ -107,58 +108,76 @@ class TrialCache(_CachedStorage):
             found = [trial for trial in found if trial.state in states]
         return copy.deepcopy(found) if deepcopy else found
 
-    def create_trials(self, study_id: int, templates: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """New running trials, with the next numbers, in order; in the database when this returns."""
+    def create_trials(self, templates: Mapping[int, Sequence[FrozenTrial]]) -> dict[int, list[FrozenTrial]]:
+        """New running trials by study, with the next numbers, in order; in the database when this returns."""
         with self._database.write() as session:
-            made = create_trials(session, study_id, templates)
+            made = create_trials(session, templates)
         with self._lock:
-            self._studies.setdefault(study_id, _StudyInfo())
-            self._add_trials_to_cache(study_id, made)
-        self._made.update(trial._trial_id for trial in made)
+            for study_id, trials in made.items():
+                self._studies.setdefault(study_id, _StudyInfo())
+                self._mine.update(trial._trial_id for trial in trials)
+                self._newest_mine[study_id] = trials[-1]._trial_id
+            self._take(made)
         return made
 
+    def let_go(self, trial_ids: Iterable[int]) -> None:
+        """Others may write to these trials from now on, though this process made them."""
+        self._mine.difference_update(trial_ids)
+
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """The id of a study; it is looked up once."""
+        if study_name not in self._names:
+            self._names[study_name] = super().get_study_id_from_name(study_name)
+        return self._names[study_name]
+
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
-        """Read new trials, and those that ran when they were read last, if it is time to."""
+        """Read new trials, and those that ran when they were read last, if it is time to.
+
+        In a batch at once of all studies that are known here: it will want them too.
+        """
         if self._read is not None and study_id in self._read:
             return
-        study = self._studies.setdefault(study_id, _StudyInfo())
+        self._studies.setdefault(study_id, _StudyInfo())
+        wanted = [study_id] if self._read is None else [i for i in self._studies if i not in self._read]
         begun = time.monotonic()
-        due = self._fresh or begun >= self._due.get(study_id, 0.0)
-        known = study.unfinished_trial_ids if due else ()
+        due = [i for i in wanted if self._fresh or begun >= self._due.get(i, 0.0)]
+        known = set().union(*(self._studies[i].unfinished_trial_ids for i in due))
+        newest = {i: self._newest.get(i, -1) for i in wanted}
         with self._database.read() as session:
-            newest = self._newest.get(study_id, -1)
-            trials = read_trials(session, study_id, known, newest)
-        if due:
-            self._due[study_id] = begun + _SHARE * (time.monotonic() - begun)
+            found = read_trials(session, newest, known if self._fresh else known - self._mine, self._mine)
+        for i in due:
+            self._due[i] = begun + _SHARE * (time.monotonic() - begun)
         # Trials of a study are made one after the other, its row locked: none comes to light after a newer one.
-        self._newest[study_id] = max([newest, *(trial._trial_id for trial in trials)])
+        for i in wanted:
+            seen = [trial._trial_id for trial in found.get(i, ())]
+            self._newest[i] = max([newest[i], self._newest_mine.get(i, -1), *seen])
         with self._lock:
-            self._take(study_id, trials)
+            self._take(found)
         if self._read is not None:
-            self._read.add(study_id)
+            self._read.update(wanted)
 
     def read_again(self, trial_id: int) -> FrozenTrial:
         """A trial that another process may have written to, as it is now; nothing of it may wait to be written."""
+        self.let_go([trial_id])
         if trial_id not in self._trial_id_to_study_id_and_number:
             return self.get_trial(trial_id)
-        study_id = self._trial_id_to_study_id_and_number[trial_id][0]
         with self._database.read() as session:
-            found = read_trials(session, study_id, [trial_id], None)
-        self._made.discard(trial_id)
+            found = read_trials(session, {}, [trial_id])
         with self._lock:
-            self._take(study_id, found)
+            self._take(found)
         return self.get_trial(trial_id)
 
-    def _take(self, study_id: int, trials: Sequence[FrozenTrial]) -> None:
-        """Keep what was read."""
-        study = self._studies[study_id]
-        self._add_trials_to_cache(study_id, list(trials))
-        for trial in trials:
-            if not trial.state.is_finished():
-                study.unfinished_trial_ids.add(trial._trial_id)
-            else:
-                study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
-                study.unfinished_trial_ids.discard(trial._trial_id)
+    def _take(self, found: Mapping[int, Sequence[FrozenTrial]]) -> None:
+        """Keep what was read, by study."""
+        for study_id, trials in found.items():
+            study = self._studies[study_id]
+            self._add_trials_to_cache(study_id, list(trials))
+            for trial in trials:
+                if not trial.state.is_finished():
+                    study.unfinished_trial_ids.add(trial._trial_id)
+                else:
+                    study.last_finished_trial_id = max(study.last_finished_trial_id, trial._trial_id)
+                    study.unfinished_trial_ids.discard(trial._trial_id)
 
     def _known(self, trial_id: int) -> FrozenTrial | None:
         """The trial as the batch has it, read if need be; None outside of a batch, or if this cache never saw it."""

@@ -65,31 +65,32 @@ def find_study_id(session: Session, name: str) -> int | None:
 
 
 def read_trials(
-    session: Session, study_id: int, known: Collection[int] = (), after: int | None = -1
-) -> list[FrozenTrial]:
-    """Trials of a study as they are now, by their ids; all of them if nothing is said.
+    session: Session, after: Mapping[int, int], known: Collection[int] = (), but: Collection[int] = ()
+) -> dict[int, list[FrozenTrial]]:
+    """Trials as they are now, by Optuna's study, in the order of their ids.
 
     Args:
         session: reads.
-        study_id: of Optuna.
-        known: ids of trials wanted.
-        after: all trials with a larger id are wanted too; None for no others.
+        after: by study, after which id all of its trials are wanted; -1 for all that it has.
+        known: ids of trials that are wanted too, of any study.
+        but: ids of trials after those that are not wanted.
     """
-    columns = (
-        TrialModel.trial_id,
-        TrialModel.number,
-        TrialModel.state,
-        TrialModel._datetime_start_utc,
-        TrialModel._datetime_complete_utc,
+    columns = TrialModel.__table__.c
+    trials = sa.select(
+        columns.trial_id,
+        columns.study_id,
+        columns.number,
+        columns.state,
+        columns.datetime_start,
+        columns.datetime_complete,
     )
-    wanted: list[sa.ColumnElement[bool]] = [
-        TrialModel.trial_id.in_(part) for part in _parts(sorted(i for i in known if after is None or i <= after))
-    ]
-    if after is not None:
-        wanted.append(TrialModel.trial_id > after)
-    mine = sa.select(*columns).where(TrialModel.study_id == study_id)
-    rows = sorted(row for condition in wanted for row in session.execute(mine.where(condition)))
-    ids = [row.trial_id for row in rows]
+    found: dict[int, sa.Row[Any]] = {}
+    if after:  # in parts, as each finds its rows by an index; not everywhere would an OR
+        newer = [trials.where(columns.study_id == i, columns.trial_id > last) for i, last in after.items()]
+        found = {row.trial_id: row for row in session.execute(sa.union_all(*newer)) if row.trial_id not in but}
+    for part in _parts(sorted(set(known) - found.keys())):
+        found |= {row.trial_id: row for row in session.execute(trials.where(columns.trial_id.in_(part)))}
+    ids = sorted(found)
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
     for trial_id, name, value, text in _read(
@@ -114,51 +115,66 @@ def read_trials(
         attrs.append(defaultdict(dict))
         for trial_id, name, text in _read(session, ids, key, "key", "value_json"):
             attrs[-1][trial_id][name] = json.loads(text)
-    return [
-        FrozenTrial(
-            number=row.number,
-            state=row.state,
-            value=None,
-            values=[values[row.trial_id][i] for i in range(len(values[row.trial_id]))] or None,
-            datetime_start=_local(row._datetime_start_utc),
-            datetime_complete=_local(row._datetime_complete_utc),
-            params=params[row.trial_id],
-            distributions=distributions[row.trial_id],
-            user_attrs=attrs[0][row.trial_id],
-            system_attrs=attrs[1][row.trial_id],
-            intermediate_values=reports[row.trial_id],
-            trial_id=row.trial_id,
+    read: dict[int, list[FrozenTrial]] = defaultdict(list)
+    for row in (found[trial_id] for trial_id in ids):
+        read[row.study_id].append(
+            FrozenTrial(
+                number=row.number,
+                state=row.state,
+                value=None,
+                values=[values[row.trial_id][i] for i in range(len(values[row.trial_id]))] or None,
+                datetime_start=_local(row.datetime_start),
+                datetime_complete=_local(row.datetime_complete),
+                params=params[row.trial_id],
+                distributions=distributions[row.trial_id],
+                user_attrs=attrs[0][row.trial_id],
+                system_attrs=attrs[1][row.trial_id],
+                intermediate_values=reports[row.trial_id],
+                trial_id=row.trial_id,
+            )
         )
-        for row in rows
-    ]
+    return read
 
 
-def create_trials(session: Session, study_id: int, templates: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """New running trials, with the next numbers of their study, in order.
+def create_trials(session: Session, templates: Mapping[int, Sequence[FrozenTrial]]) -> dict[int, list[FrozenTrial]]:
+    """New running trials, with the next numbers of their studies, by Optuna's study, in order.
 
     Args:
         session: a transaction that writes.
-        study_id: of Optuna.
-        templates: what each has from its beginning: parameters and user attributes.
+        templates: by study, what each has from its beginning: parameters and user attributes.
     """
-    # Locked as Optuna locks it: numbers are counts.
-    session.execute(sa.select(StudyModel.study_id).where(StudyModel.study_id == study_id).with_for_update()).one()
-    first = session.scalar(sa.select(sa.func.count()).where(TrialModel.study_id == study_id)) or 0
+    # Locked as Optuna locks a study: numbers are counts. All in the same order, so that nobody waits in a circle.
+    ours = sa.select(StudyModel.study_id).where(StudyModel.study_id.in_(templates)).order_by(StudyModel.study_id)
+    missing = set(templates) - set(session.scalars(ours.with_for_update()))
+    if missing:
+        raise KeyError(f"Optuna has no study {min(missing)}")
+    mine = TrialModel.study_id.in_(templates)
+    counts = sa.select(TrialModel.study_id, sa.func.count()).where(mine).group_by(TrialModel.study_id)
+    first = {study_id: count for study_id, count in session.execute(counts)}
+    last = session.scalar(sa.select(sa.func.max(TrialModel.trial_id))) or 0
     now = datetime.datetime.now(datetime.UTC)
-    common = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": _stored(now)}
-    numbers = range(first, first + len(templates))
-    session.connection().execute(sa.insert(TrialModel.__table__), [common | {"number": number} for number in numbers])
-    mine = (TrialModel.study_id == study_id, TrialModel.number >= first)
-    ids = session.scalars(sa.select(TrialModel.trial_id).where(*mine).order_by(TrialModel.number)).all()
-    writes, trials = TrialWrites(), []
-    for trial_id, number, template in zip(ids, numbers, templates, strict=True):
+    common = {"state": TrialState.RUNNING, "datetime_start": _stored(now)}
+    numbered = [
+        (study_id, number, template)
+        for study_id, some in templates.items()
+        for number, template in enumerate(some, first.get(study_id, 0))
+    ]
+    rows = [common | {"study_id": study_id, "number": number} for study_id, number, _ in numbered]
+    session.connection().execute(sa.insert(TrialModel.__table__), rows)
+    made = session.execute(
+        sa.select(TrialModel.study_id, TrialModel.number, TrialModel.trial_id).where(mine, TrialModel.trial_id > last)
+    )
+    ids = {(study_id, number): trial_id for study_id, number, trial_id in made}
+    writes = TrialWrites()
+    trials: dict[int, list[FrozenTrial]] = {study_id: [] for study_id in templates}
+    for study_id, number, template in numbered:
         trial = copy.copy(template)
-        trial._trial_id, trial.number, trial.datetime_start = trial_id, number, _local(_stored(now))
-        trials.append(trial)
+        trial._trial_id, trial.number, trial.datetime_start = ids[study_id, number], number, _local(_stored(now))
+        trials[study_id].append(trial)
         for name, distribution in trial.distributions.items():
-            writes.params[trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
-        writes.user_attrs |= {(trial_id, key): value for key, value in trial.user_attrs.items()}
-    write_trials(session, writes, now)
+            writes.params[trial._trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
+        writes.user_attrs |= {(trial._trial_id, key): value for key, value in trial.user_attrs.items()}
+    _write(session, writes, set(ids.values()), now)
     return trials
 
 
@@ -187,6 +203,12 @@ def write_trials(session: Session, writes: TrialWrites, now: datetime.datetime) 
             .with_for_update()
         )
         running |= {trial_id for trial_id, state in session.execute(found) if state is TrialState.RUNNING}
+    _write(session, writes, running, now)
+    return set(writes.trial_ids) - running
+
+
+def _write(session: Session, writes: TrialWrites, running: Collection[int], now: datetime.datetime) -> None:
+    """Write to those trials that are running."""
     params = [
         {"trial_id": t, "param_name": name, "param_value": value, "distribution_json": distribution_to_json(d)}
         for (t, name), (value, d) in writes.params.items()
@@ -223,20 +245,24 @@ def write_trials(session: Session, writes: TrialWrites, now: datetime.datetime) 
             statement.values(state=sa.bindparam("s"), datetime_complete=_stored(now)),
             [{"t": t, "s": state} for t, (state, _) in ends.items()],
         )
-    return set(writes.trial_ids) - running
 
 
 def _put(session: Session, model: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert rows, or change those that have the same trial and name."""
     if not rows:
         return
-    table: sa.Table = model.__table__
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(table)
+    dialect = session.get_bind().dialect.name
+    session.connection().execute(_put_statement(model.__table__, dialect, tuple(rows[0])), rows)
+
+
+@functools.lru_cache(maxsize=100)
+def _put_statement(table: sa.Table, dialect: str, columns: tuple[str, ...]) -> sa.Executable:
+    kind = postgresql if dialect == "postgresql" else sqlite
+    statement: postgresql.Insert | sqlite.Insert = kind.insert(table)
     (unique,) = (c for c in table.constraints if isinstance(c, sa.UniqueConstraint))
     names = [column.name for column in unique.columns]
-    changed = {name: statement.excluded[name] for name in rows[0] if name not in names}
-    session.connection().execute(statement.on_conflict_do_update(index_elements=names, set_=changed), rows)
+    changed = {name: statement.excluded[name] for name in columns if name not in names}
+    return statement.on_conflict_do_update(index_elements=names, set_=changed)
 
 
 def _read(session: Session, ids: Sequence[int], key: Any, *columns: str) -> Iterator[Any]:

@@ -37,7 +37,7 @@ def with_optuna(pruner, rungs, direction):
 def with_search(search, rungs):
     stopped = []
     for turn in range(ROUNDS):
-        asked = search.ask_all("momentum", [(turn * SLOTS + slot, None) for slot in range(SLOTS)])
+        asked = search.ask_all([("momentum", turn * SLOTS + slot, None) for slot in range(SLOTS)])
         left = dict(enumerate(asked))
         for rung in rungs:
             with search.batch():

@@ -422,9 +422,9 @@ def test_a_trial_that_is_ended_while_it_is_asked_for_is_lost(search, make_spec, 
     zombie, heir = search(spec), search(spec)
     suggest = zombie._suggest
 
-    def late(place, trial_id):
+    def late(trial_ids):
         assert heir.fail_leftovers({}) == 1
-        return suggest(place, trial_id)
+        return suggest(trial_ids)
 
     monkeypatch.setattr(zombie, "_suggest", late)
     with pytest.raises(TrialLostError, match="the trial of ticket 1 was ended by another worker"):

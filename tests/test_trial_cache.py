@@ -47,10 +47,11 @@ def test_trials_are_read_as_optuna_reads_them(search, database):
             study.tell(trial, **values)
     everything = backend._get_trials(study._study_id, None, set(), -1)
     with database.read() as session:
-        assert same(read_trials(session, study._study_id), everything)
+        assert same(read_trials(session, {study._study_id: -1})[study._study_id], everything)
         known = {everything[2]._trial_id, everything[9]._trial_id}
-        found = read_trials(session, study._study_id, known, everything[6]._trial_id)
-    assert same(found, [everything[2], *everything[7:]])
+        but = {everything[2]._trial_id, everything[10]._trial_id}
+        found = read_trials(session, {study._study_id: everything[6]._trial_id}, known, but)
+    assert same(found[study._study_id], [everything[2], *everything[7:10], everything[11]])
 
 
 def test_a_batch_leaves_what_single_calls_leave(search, database):
@@ -80,7 +81,9 @@ def test_a_batch_leaves_what_single_calls_leave(search, database):
                     storage.set_trial_state_values(trial_id, state, [0.5] if n < 2 else None)
 
         if batched:
-            ids = [trial._trial_id for trial in storage.create_trials(study._study_id, [template] * 4)]
+            ids = [
+                trial._trial_id for trial in storage.create_trials({study._study_id: [template] * 4})[study._study_id]
+            ]
             with storage.batch():
                 write(storage, ids)
         else:
@@ -162,7 +165,7 @@ def test_to_read_one_trial_again_hides_none_that_others_made_before_it(search, d
     theirs = other.ask("momentum", 2)
     study = search._study("momentum")
     template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={TICKET: 3})
-    (mine,) = search._storage.create_trials(study._study_id, [template])
+    (mine,) = search._storage.create_trials({study._study_id: [template]})[study._study_id]
     assert search._storage.read_again(mine._trial_id).user_attrs == {TICKET: 3}
     assert [t.number for t in study.get_trials(deepcopy=False)] == [first.number, theirs.number, mine.number]
     other.close()
@@ -175,7 +178,7 @@ def test_a_batch_has_a_number_of_statements_that_does_not_grow_with_it(search, d
     counts = []
     for size in (2, 16):
         statements.clear()
-        asked = search.ask_all("momentum", [(ticket, None) for ticket in range(size)])
+        asked = search.ask_all([("momentum", ticket, None) for ticket in range(size)])
         with search.batch():
             for trial in asked:
                 search.report("momentum", trial.trial_id, 1, 0.5)
@@ -187,8 +190,95 @@ def test_a_batch_has_a_number_of_statements_that_does_not_grow_with_it(search, d
     assert counts[0] == counts[1] < 60
 
 
+def test_trials_of_several_places_are_asked_for_at_once_and_returned_in_order(database, make_spec):
+    """Each place counts its own trials, also those that another worker made; the statements are as many as for one."""
+    spec = make_spec(optimizers=["sgd", "momentum", "nesterov"], budget={"trials": 64, "epochs": 9})
+    search, other = Search(database, spec), Search(database, spec, worker_seed=1)
+    other.ask_all([("momentum", 1, None), ("nesterov", 2, None), ("momentum", 3, None)])
+    wanted = [("nesterov", 4, None), ("sgd", 5, None), ("momentum", 6, None), ("nesterov", 7, {"learning_rate": 0.5})]
+    asked = search.ask_all(wanted)
+    assert [trial.number for trial in asked] == [1, 0, 2, 2]
+    assert asked[3].settings["learning_rate"] == 0.5 != asked[0].settings["learning_rate"]
+    for (place, ticket, _), trial in zip(wanted, asked, strict=True):
+        stored = search._backend.get_trial(trial.trial_id)
+        assert stored.user_attrs == {TICKET: ticket} and stored.number == trial.number
+        assert stored in search._backend.get_all_trials(search._study(place)._study_id)
+        assert stored.params["learning_rate"] == trial.settings["learning_rate"]
+    assert search.ask_all([]) == []
+
+    statements, counts = [], []
+    for engine in (database.engine, search._backend.engine):
+        sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    for places in (["momentum"], ["momentum", "nesterov"], ["momentum", "nesterov", "sgd"]):
+        statements.clear()
+        with search.batch(False):
+            asked = search.ask_all([(place, 10, None) for place in places])
+            for place, trial in zip(places, asked, strict=True):
+                search.report(place, trial.trial_id, 1, 0.5)
+                search.should_prune(place, trial.trial_id)
+                search.tell(place, trial.trial_id, "complete", 0.5)
+        counts.append(len(statements))
+    assert counts[0] == counts[1] == counts[2]
+    search.close()
+    other.close()
+
+
+def test_what_this_process_made_it_knows_until_it_lets_go_of_it(search, database, monkeypatch):
+    """The trials of its own are not read while it has them, nor once they have ended; what others wrote after, is."""
+    other = Search(database, search.spec, worker_seed=1)
+    read = set()
+
+    def reading(*args):
+        found = read_trials(*args)
+        read.update(trial._trial_id for trials in found.values() for trial in trials)
+        return found
+
+    def trials():
+        read.clear()
+        with search.batch(False):
+            return {t._trial_id: t for t in search._study("momentum").get_trials(deepcopy=False)}
+
+    monkeypatch.setattr(trial_cache, "read_trials", reading)
+    monkeypatch.setattr(trial_cache, "_SHARE", 0.0)
+    with search.batch(False):
+        kept, left, ended = (t.trial_id for t in search.ask_all([("momentum", ticket, None) for ticket in range(3)]))
+    assert read == set()
+    theirs = other.ask("momentum", 3).trial_id
+    read.clear()
+    with search.batch(False):
+        search.report("momentum", kept, 1, 0.5)
+        search.tell("momentum", ended, "complete", 0.25)
+    assert read == {theirs}
+    assert trials().keys() == {kept, left, ended, theirs} and read == {theirs}
+    search.let_go([left, ended])
+    other.report("momentum", left, 1, 0.125)
+    found = trials()
+    assert read == {left, theirs}
+    assert found[left].intermediate_values == {1: 0.125} and found[kept].intermediate_values == {1: 0.5}
+    assert found[ended].values == [0.25]
+    other.tell("momentum", left, "complete", 0.125)
+    assert trials()[left].values == [0.125] and left in read
+    assert trials()[left].values == [0.125] and read == {theirs}
+    other.close()
+
+
+def test_after_a_batch_that_was_not_written_what_the_database_has_is_read_again(search):
+    trial_id = search.ask("momentum", 1).trial_id
+
+    def half():
+        with search.batch(False):
+            search.report("momentum", trial_id, 1, 0.5)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    with search.batch(False):
+        (trial,) = search._study("momentum").get_trials(deepcopy=False)
+    assert trial.intermediate_values == {}
+
+
 def test_a_batch_within_a_batch_is_written_at_its_own_end_and_what_it_told_is_seen_as_told(search):
-    first, second = search.ask_all("momentum", [(1, None), (2, None)])
+    first, second = search.ask_all([("momentum", 1, None), ("momentum", 2, None)])
     study_id = search._study("momentum")._study_id
     with search.batch():
         with search.batch():
@@ -205,7 +295,7 @@ def test_a_batch_within_a_batch_is_written_at_its_own_end_and_what_it_told_is_se
 def test_what_has_ended_is_kept_as_the_database_has_it(search, database):
     """Of trials of its own a cache knows what it wrote; those that others wrote to, it reads again."""
     other = Search(database, search.spec, worker_seed=1)
-    asked = search.ask_all("momentum", [(ticket, None) for ticket in range(5)])
+    asked = search.ask_all([("momentum", ticket, None) for ticket in range(5)])
     theirs = other.ask("momentum", 5)
     other.report("momentum", asked[3].trial_id, 1, 0.7)
     other.tell("momentum", asked[4].trial_id, "complete", 0.6)

@@ -265,7 +265,7 @@ class StudyWorker:
         returning = self._in(Stage.RETURNING)
         if returning and not self.saver.writing:
             give_back(self.database, [h.claim for h in returning])
-            self._forget(returning)
+            self._let_go(returning)
 
     def _claim(self) -> None:
         """Claim tickets for the free slots."""
@@ -305,7 +305,7 @@ class StudyWorker:
 
     def _ask(self, asking: Sequence[Held]) -> None:
         """Their Optuna trials: one that was asked for but never noted, or a new one."""
-        new: dict[str, list[Held]] = {}
+        new: list[Held] = []
         with self.search.batch():
             for held in asking:
                 try:
@@ -316,12 +316,12 @@ class StudyWorker:
                 if found is not None:
                     self._take(held, found)
                 else:
-                    new.setdefault(held.claim.place, []).append(held)
-        for place, these in new.items():
-            for held in these:
+                    new.append(held)
+        if new:
+            for held in new:
                 held.asked = True
-            trials = self.search.ask_all(place, [(h.claim.ticket_id, h.claim.fixed) for h in these])
-            for held, trial in zip(these, trials, strict=True):
+            trials = self.search.ask_all([(h.claim.place, h.claim.ticket_id, h.claim.fixed) for h in new])
+            for held, trial in zip(new, trials, strict=True):
                 self._take(held, trial)
             crash_point("asked")
 
@@ -528,8 +528,13 @@ class StudyWorker:
             logger.warning("ticket %d was adopted by another worker; its trial ends here", held.claim.ticket_id)
             if held.stage is Stage.TRAINING:
                 self.trainer.release(held.claim.ticket_id)
-        self._forget(lost)
+        self._let_go(lost)
         return [h for h in asked if h.claim.ticket_id in kept]
+
+    def _let_go(self, these: Sequence[Held]) -> None:
+        """Leave tickets to other workers."""
+        self.search.let_go([h.claim.trial_id for h in these if h.claim.trial_id is not None])
+        self._forget(these)
 
     def _forget(self, these: Sequence[Held]) -> None:
         for held in these:

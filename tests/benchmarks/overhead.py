@@ -141,7 +141,7 @@ class Bench:
         with self.timed("claim"):
             held = self._claim(slots)
         with self.timed("ask"):
-            asked = self.search.ask_all(PLACE, [(one.ticket_id, one.fixed) for one in held])
+            asked = self.search.ask_all([(PLACE, one.ticket_id, one.fixed) for one in held])
             for i, (one, trial) in enumerate(zip(held, asked, strict=True)):
                 assert trial is not None
                 held[i] = with_trial(one, trial.trial_id, trial.number, trial.settings)
@@ -173,7 +173,8 @@ class Bench:
             distributions=space,
             user_attrs={TICKET: one.ticket_id},
         )
-        (made,) = self.search._storage.create_trials(self.search._study(PLACE)._study_id, [template])
+        study_id = self.search._study(PLACE)._study_id
+        (made,) = self.search._storage.create_trials({study_id: [template]})[study_id]
         return with_trial(one, made._trial_id, made.number, settings(self.spec, PLACE, sampled))
 
     def _settle(self, held: Sequence[Claim]) -> None:
