@@ -30,8 +30,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 OPTIMIZERS = ("sgd", "momentum", "nesterov")
-TRIALS = 48
-SEEDS = 3
+TRIALS = 24
+SEEDS = 2
 PASSWORD = "p@ss/w:rd#%1 x"
 VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?::(?P<operator>[-?])(?P<rest>[^}$]*))?\}|(?P<unknown>))")
 
@@ -310,7 +310,7 @@ def shortened(study: str) -> str:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    """A machine on which PostgreSQL runs; each container of a worker has one worker process with 16 slots."""
+    """A machine on which PostgreSQL runs; each container of a worker has one worker process with 8 slots."""
     studies = tmp_path / "studies"
     shutil.copytree(ROOT / SERVICES["worker"]["volumes"][1].split(":")[0], studies)
     study = studies / "digits-mlp.yaml"
@@ -319,7 +319,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         (tmp_path / volume).mkdir()
     found = Machine(
         tmp_path,
-        services(WORKER_OPTIONS="--workers 1 --slots 16 --compile off"),
+        services(WORKER_OPTIONS="--workers 1 --slots 8 --compile off"),
         {5432: free_port(), 5000: free_port()},
     )
     stop_postgresql = start_postgresql(found)

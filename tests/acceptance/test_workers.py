@@ -13,7 +13,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-TRIALS = 24
+TRIALS = 16
 QUICK = ("--slots", "8", "--compile", "off")
 
 
