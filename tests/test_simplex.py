@@ -123,7 +123,7 @@ def test_the_last_trials_of_a_study_are_refined_if_its_file_says_so(make_spec):
 
 # The tuner finds theory
 
-DIM, STEPS = 20, 200
+DIM, STEPS = 20, 400
 
 
 def best_possible(optimizer, kappa, points=150):

@@ -223,7 +223,7 @@ class Bench:
     def steps(self, worker: str | Process = "a") -> list[list[float]]:
         """The marks at each step that a worker took, without those of untrained models."""
         try:
-            lines = (self.folder / "steps").read_text().splitlines()
+            lines = (self.folder / "steps").read_text().split("\n")[:-1]  # without one that is being written
         except FileNotFoundError:
             return []
         who = worker.pid if isinstance(worker, Process) else worker
