@@ -24,8 +24,6 @@ MODES = (SEQUENTIAL, FUSED, COMPILED)
 SEQUENTIAL_WIDTH = 2
 """Slots at once where they train one after the other: more would take as long for each, and be through later, so that
 trials that begin meanwhile know less of others. A worker that dies would lose more, too."""
-LONG_EPOCH_SECONDS = 0.1
-"""If an epoch of a slot takes that long, one slot has it alone: what comes between two epochs is little beside it."""
 NARROWEST = 4
 ENOUGH = 1.03
 """A way that takes at most this much longer than the fastest is as good: the narrowest of those is taken, as trials

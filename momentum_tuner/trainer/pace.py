@@ -11,7 +11,6 @@ import torch
 from momentum_tuner.trainer.calibration import (
     COMPILED,
     FUSED,
-    LONG_EPOCH_SECONDS,
     SEQUENTIAL,
     SEQUENTIAL_WIDTH,
     Calibration,
@@ -51,14 +50,10 @@ class Pace:
             objective.replay.compiles = frozenset({GRADIENT, UPDATE, EVALUATION})
             objective.replay.patience = 0
 
-    def choose(self, most: int, steps: int) -> int:
+    def choose(self, most: int) -> int:
         """Take the fastest way of training up to a width, measured now unless that is known; returns its width.
 
         What goes wrong in the measurement is left to the trials, which are the ones to say so.
-
-        Args:
-            most: slots at once.
-            steps: of an epoch.
         """
         objective = self._objective
         if not self._measure(most):
@@ -70,8 +65,6 @@ class Pace:
         elif way.mode == SEQUENTIAL and objective.batch_slots:
             times = self.calibration.least(FUSED) / self.calibration.seconds[way]
             objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")
-        if way.mode == SEQUENTIAL and steps * self.calibration.seconds[way] >= LONG_EPOCH_SECONDS:
-            return 1
         return min(way.width, most)
 
     def choose_threads(self, width: int, most: int) -> None:

@@ -98,7 +98,7 @@ class Trainer:
             self._optimum = task.optimum.to(self.device, self.objective.layout.dtype)
         self.pace = Pace(self.objective, self._timed_batch, compiles, calibration)
         if slots is None and mode == "auto":
-            slots = self.pace.choose(most, self.steps_per_epoch(batch_size))
+            slots = self.pace.choose(most)
         self.width = slots or (most if self.objective.batch_slots else min(most, SEQUENTIAL_WIDTH))
         if self.objective.reason is not None and mode == "auto":
             logger.warning("the model trains one slot at a time: %s", self.objective.reason)
