@@ -117,20 +117,22 @@ class Search:
         if not wanted:
             return []
         with self._in_batch():
-            templates: dict[str, list[FrozenTrial]] = {}
-            for place, ticket_id, fixed in wanted:
-                templates.setdefault(place, []).append(self._template(place, ticket_id, fixed or {}))
-            study_ids = {place: self._study(place)._study_id for place in templates}
-            made = self._storage.create_trials({study_ids[place]: some for place, some in templates.items()})
+            made = self._storage.create_trials(
+                [
+                    (self._study(place)._study_id, self._template(place, ticket, fixed))
+                    for place, ticket, fixed in wanted
+                ]
+            )
             crash_point("asking")
-            ids = {place: [trial._trial_id for trial in made[study_ids[place]]] for place in templates}
-            suggested = self._suggest(ids)
-            left = {place: iter(some) for place, some in ids.items()}
-            return [suggested.get(next(left[place])) for place, _, _ in wanted]
+            trial_ids: dict[str, list[int]] = {}
+            for (place, _, _), trial in zip(wanted, made, strict=True):
+                trial_ids.setdefault(place, []).append(trial._trial_id)
+            suggested = self._suggest(trial_ids)
+            return [suggested.get(trial._trial_id) for trial in made]
 
-    def _template(self, place: str, ticket_id: int, fixed: Mapping[str, Any]) -> FrozenTrial:
+    def _template(self, place: str, ticket_id: int, fixed: Mapping[str, Any] | None) -> FrozenTrial:
         """A trial as it is created."""
-        space = self._distributions[_contestant(place)]
+        space, fixed = self._distributions[_contestant(place)], fixed or {}
         return optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(fixed),

@@ -42,7 +42,9 @@ class TrialCache(_CachedStorage):
         self._newest: dict[int, int] = {}
         self._due: dict[int, float] = {}
         self._mine: set[int] = set()
+        """Trials that this process made and nobody else has written to."""
         self._newest_mine: dict[int, int] = {}
+        """The newest trial that this process made, by study."""
         self._names: dict[str, int] = {}
         self._fresh = True
 
@@ -108,16 +110,16 @@ class TrialCache(_CachedStorage):
             found = [trial for trial in found if trial.state in states]
         return copy.deepcopy(found) if deepcopy else found
 
-    def create_trials(self, templates: Mapping[int, Sequence[FrozenTrial]]) -> dict[int, list[FrozenTrial]]:
-        """New running trials by study, with the next numbers, in order; in the database when this returns."""
+    def create_trials(self, templates: Sequence[tuple[int, FrozenTrial]]) -> list[FrozenTrial]:
+        """New running trials, in order, with the next numbers of their studies; in the database when this returns."""
         with self._database.write() as session:
             made = create_trials(session, templates)
         with self._lock:
-            for study_id, trials in made.items():
+            for (study_id, _), trial in zip(templates, made, strict=True):
                 self._studies.setdefault(study_id, _StudyInfo())
-                self._mine.update(trial._trial_id for trial in trials)
-                self._newest_mine[study_id] = trials[-1]._trial_id
-            self._take(made)
+                self._mine.add(trial._trial_id)
+                self._newest_mine[study_id] = trial._trial_id
+                self._take({study_id: [trial]})
         return made
 
     def let_go(self, trial_ids: Iterable[int]) -> None:
@@ -149,7 +151,7 @@ class TrialCache(_CachedStorage):
             self._due[i] = begun + _SHARE * (time.monotonic() - begun)
         # Trials of a study are made one after the other, its row locked: none comes to light after a newer one.
         for i in wanted:
-            seen = [trial._trial_id for trial in found.get(i, ())]
+            seen = [trial._trial_id for trial in found[i]]
             self._newest[i] = max([newest[i], self._newest_mine.get(i, -1), *seen])
         with self._lock:
             self._take(found)

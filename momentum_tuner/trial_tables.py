@@ -67,7 +67,7 @@ def find_study_id(session: Session, name: str) -> int | None:
 def read_trials(
     session: Session, after: Mapping[int, int], known: Collection[int] = (), but: Collection[int] = ()
 ) -> dict[int, list[FrozenTrial]]:
-    """Trials as they are now, by Optuna's study, in the order of their ids.
+    """Trials as they are now, by Optuna's study, in the order of their ids; of those in `after` there may be none.
 
     Args:
         session: reads.
@@ -90,7 +90,8 @@ def read_trials(
         found = {row.trial_id: row for row in session.execute(sa.union_all(*newer)) if row.trial_id not in but}
     for part in _parts(sorted(set(known) - found.keys())):
         found |= {row.trial_id: row for row in session.execute(trials.where(columns.trial_id.in_(part)))}
-    ids = sorted(found)
+    rows = [found[trial_id] for trial_id in sorted(found)]
+    ids = [row.trial_id for row in rows]
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
     for trial_id, name, value, text in _read(
@@ -115,9 +116,9 @@ def read_trials(
         attrs.append(defaultdict(dict))
         for trial_id, name, text in _read(session, ids, key, "key", "value_json"):
             attrs[-1][trial_id][name] = json.loads(text)
-    read: dict[int, list[FrozenTrial]] = defaultdict(list)
-    for row in (found[trial_id] for trial_id in ids):
-        read[row.study_id].append(
+    read: dict[int, list[FrozenTrial]] = {study_id: [] for study_id in after}
+    for row in rows:
+        read.setdefault(row.study_id, []).append(
             FrozenTrial(
                 number=row.number,
                 state=row.state,
@@ -136,44 +137,43 @@ def read_trials(
     return read
 
 
-def create_trials(session: Session, templates: Mapping[int, Sequence[FrozenTrial]]) -> dict[int, list[FrozenTrial]]:
-    """New running trials, with the next numbers of their studies, by Optuna's study, in order.
+def create_trials(session: Session, templates: Sequence[tuple[int, FrozenTrial]]) -> list[FrozenTrial]:
+    """New running trials, in order, with the next numbers of their studies.
 
     Args:
         session: a transaction that writes.
-        templates: by study, what each has from its beginning: parameters and user attributes.
+        templates: of each the id of Optuna's study, and what it has from its beginning: parameters and user attributes.
     """
+    study_ids = {study_id for study_id, _ in templates}
     # Locked as Optuna locks a study: numbers are counts. All in the same order, so that nobody waits in a circle.
-    ours = sa.select(StudyModel.study_id).where(StudyModel.study_id.in_(templates)).order_by(StudyModel.study_id)
-    missing = set(templates) - set(session.scalars(ours.with_for_update()))
+    ours = sa.select(StudyModel.study_id).where(StudyModel.study_id.in_(study_ids)).order_by(StudyModel.study_id)
+    missing = study_ids - set(session.scalars(ours.with_for_update()))
     if missing:
         raise KeyError(f"Optuna has no study {min(missing)}")
-    mine = TrialModel.study_id.in_(templates)
+    mine = TrialModel.study_id.in_(study_ids)
     counts = sa.select(TrialModel.study_id, sa.func.count()).where(mine).group_by(TrialModel.study_id)
-    first = {study_id: count for study_id, count in session.execute(counts)}
+    numbers = dict.fromkeys(study_ids, 0) | {study_id: count for study_id, count in session.execute(counts)}
     last = session.scalar(sa.select(sa.func.max(TrialModel.trial_id))) or 0
     now = datetime.datetime.now(datetime.UTC)
-    common = {"state": TrialState.RUNNING, "datetime_start": _stored(now)}
-    numbered = [
-        (study_id, number, template)
-        for study_id, some in templates.items()
-        for number, template in enumerate(some, first.get(study_id, 0))
-    ]
-    rows = [common | {"study_id": study_id, "number": number} for study_id, number, _ in numbered]
-    session.connection().execute(sa.insert(TrialModel.__table__), rows)
+    rows = []
+    for study_id, _ in templates:
+        rows.append({"study_id": study_id, "number": numbers[study_id]})
+        numbers[study_id] += 1
+    insert = sa.insert(TrialModel.__table__).values(state=TrialState.RUNNING, datetime_start=_stored(now))
+    session.connection().execute(insert, rows)
     made = session.execute(
         sa.select(TrialModel.study_id, TrialModel.number, TrialModel.trial_id).where(mine, TrialModel.trial_id > last)
     )
     ids = {(study_id, number): trial_id for study_id, number, trial_id in made}
-    writes = TrialWrites()
-    trials: dict[int, list[FrozenTrial]] = {study_id: [] for study_id in templates}
-    for study_id, number, template in numbered:
+    writes, trials = TrialWrites(), []
+    for row, (study_id, template) in zip(rows, templates, strict=True):
         trial = copy.copy(template)
-        trial._trial_id, trial.number, trial.datetime_start = ids[study_id, number], number, _local(_stored(now))
-        trials[study_id].append(trial)
+        trial.number, trial.datetime_start = row["number"], _local(_stored(now))
+        trial._trial_id = trial_id = ids[study_id, trial.number]
+        trials.append(trial)
         for name, distribution in trial.distributions.items():
-            writes.params[trial._trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
-        writes.user_attrs |= {(trial._trial_id, key): value for key, value in trial.user_attrs.items()}
+            writes.params[trial_id, name] = (distribution.to_internal_repr(trial.params[name]), distribution)
+        writes.user_attrs |= {(trial_id, key): value for key, value in trial.user_attrs.items()}
     _write(session, writes, set(ids.values()), now)
     return trials
 

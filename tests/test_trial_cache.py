@@ -81,9 +81,7 @@ def test_a_batch_leaves_what_single_calls_leave(search, database):
                     storage.set_trial_state_values(trial_id, state, [0.5] if n < 2 else None)
 
         if batched:
-            ids = [
-                trial._trial_id for trial in storage.create_trials({study._study_id: [template] * 4})[study._study_id]
-            ]
+            ids = [trial._trial_id for trial in storage.create_trials([(study._study_id, template)] * 4)]
             with storage.batch():
                 write(storage, ids)
         else:
@@ -165,7 +163,7 @@ def test_to_read_one_trial_again_hides_none_that_others_made_before_it(search, d
     theirs = other.ask("momentum", 2)
     study = search._study("momentum")
     template = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={TICKET: 3})
-    (mine,) = search._storage.create_trials({study._study_id: [template]})[study._study_id]
+    (mine,) = search._storage.create_trials([(study._study_id, template)])
     assert search._storage.read_again(mine._trial_id).user_attrs == {TICKET: 3}
     assert [t.number for t in study.get_trials(deepcopy=False)] == [first.number, theirs.number, mine.number]
     other.close()

@@ -52,7 +52,7 @@ def importances(database: Database, study: StudyRecord) -> list[Importance]:
     for optimizer in study.spec.contestants:
         with database.read() as session:
             study_id = find_study_id(session, study_name(study.name, optimizer))
-            trials = [] if study_id is None else read_trials(session, {study_id: -1}).get(study_id, [])
+            trials = [] if study_id is None else read_trials(session, {study_id: -1})[study_id]
         complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
         found.append(_importance(optimizer, complete, study.spec.objective.direction))
     return found

@@ -173,8 +173,7 @@ class Bench:
             distributions=space,
             user_attrs={TICKET: one.ticket_id},
         )
-        study_id = self.search._study(PLACE)._study_id
-        (made,) = self.search._storage.create_trials({study_id: [template]})[study_id]
+        (made,) = self.search._storage.create_trials([(self.search._study(PLACE)._study_id, template)])
         return with_trial(one, made._trial_id, made.number, settings(self.spec, PLACE, sampled))
 
     def _settle(self, held: Sequence[Claim]) -> None:
