@@ -367,7 +367,7 @@ def test_code_is_kept_where_the_user_says_or_else_in_the_users_cache(cache, monk
 
 
 def test_code_that_serves_one_width_is_asked_for_no_other(compiled_code, monkeypatch):
-    task = digits_cnn(channels=2)  # the width is the number of groups of its convolutions, a constant to the compiler
+    task = digits_cnn(channels=2)  # to the compiler the width of its products is a constant
     live, compiled = objective(task, 10**9), objective(task, 0)
     compiled.objective.replay.compiles = frozenset({"gradient"})
     for seed, width in enumerate((6, 3, 6, 9, 1)):

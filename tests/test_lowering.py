@@ -15,6 +15,8 @@ from momentum_tuner.trainer import Trainer, TrialSettings
 from momentum_tuner.trainer.dropout import _Calls
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.lowering.attention import lower_attention
+from momentum_tuner.trainer.lowering.convolution import lower_convolution
+from momentum_tuner.trainer.lowering.pooling import lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
@@ -114,6 +116,61 @@ MODELS |= {
 }
 
 
+class Images(nn.Module):
+    """Looks at its input as images of 8 x 8 pixels, with 3 channels."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x[..., None] * x.cos()[..., None, :])
+
+
+class Viewed(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return x.view(*self.shape)
+
+
+MODELS |= {
+    f"convolution {' '.join(f'{name}={value}' for name, value in options.items())}": partial(
+        lambda options: Images(nn.Conv2d(3, 4, **options), nn.Tanh(), nn.Conv2d(4, 5, 2)), options
+    )
+    for options in [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "bias": False},
+        {"kernel_size": 3, "stride": 2, "padding": 2},
+        {"kernel_size": 4, "stride": 3, "padding": (2, 1)},
+        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)},
+        {"kernel_size": 1},
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    ]
+}
+MODELS |= {
+    "convolution, pooled": lambda: Images(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3)
+    ),
+    "convolution, pooled, some left over": lambda: Images(
+        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d((3, 2)), nn.Tanh()
+    ),
+    "convolution, pooled over lines": lambda: Images(nn.Conv2d(3, 4, 2), nn.MaxPool2d((1, 4)), nn.MaxPool2d((3, 1))),
+    "convolution, pooled with overlap": lambda: Images(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, stride=2, padding=1)),
+    "convolution, averaged": lambda: Images(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)),
+    "convolution, batch norm": lambda: Images(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()
+    ),
+    "convolution, viewed": lambda: Images(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), Viewed(-1, 36), nn.Linear(36, 2)),
+    "convolution, viewed by a shape": lambda: Images(nn.Conv2d(3, 4, 3), Viewed([7, 2, -1]), nn.Linear(72, 2)),
+}
+
+
 def tensors_of(out):
     """All tensors in a model's output."""
     if isinstance(out, torch.Tensor):
@@ -155,11 +212,12 @@ def test_outputs_and_gradients_are_those_of_torch_alone_and_over_slots(name, dty
     with Lowering(fail):  # torch's warning of a slow fallback is an error in all tests
         fused, outputs = vmap(gradients_and_outputs, in_dims=(0, None))(stacked, x)
         alone, alone_outputs = gradients_and_outputs({n: v[0] for n, v in stacked.items()}, x)
+    tolerance = TOLERANCE[dtype] * (10 if "convolution" in name else 1)  # sums over all pixels
     for slot, (expected_outputs, gradients) in enumerate(expected):
         for found, one in zip([*outputs, *fused], [*expected_outputs, *gradients], strict=True):
-            assert_close(found[slot], one, TOLERANCE[dtype])
+            assert_close(found[slot], one, tolerance)
     for found, one in zip([*alone_outputs, *alone], [*expected[0][0], *expected[0][1]], strict=True):
-        assert_close(found, one, TOLERANCE[dtype])
+        assert_close(found, one, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +233,71 @@ def test_without_a_gradient_the_outputs_are_the_same(name):
             fused = vmap(lambda p: tensors_of(functional_call(model, p, (x,))))(parameters)
     for found, one in zip(fused, expected, strict=True):
         assert_close(found[1], one, 1e-6)
+
+
+def lying_examples_innermost(x):
+    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2).requires_grad_()
+
+
+@pytest.mark.parametrize("window", [2, 3, (1, 2), (4, 1)])
+def test_the_largest_pixel_wins_and_the_first_of_equal_ones_has_the_gradient(window):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(-1, 2, (5, 2, 8, 7), generator=generator).double()  # many are equal
+    pixels[0, 0, 3, 2] = torch.inf
+    weight = torch.rand(F.max_pool2d(pixels, window).shape, generator=generator, dtype=torch.float64)
+    x, reference = lying_examples_innermost(pixels), pixels.clone().requires_grad_()
+    found, expected = lower_max_pooling(x, window), F.max_pool2d(reference, window)
+    assert torch.equal(found, expected)
+    of_x, of_reference = (
+        torch.autograd.grad(out, leaf, weight)[0] for out, leaf in ((found, x), (expected, reference))
+    )
+    assert torch.equal(of_x, of_reference)
+    with torch.no_grad():
+        x[1, :, :, 3:5], x[2, 1, ::3], x[3, 1, 2, 2] = torch.inf, -torch.inf, torch.nan
+        expected = F.max_pool2d(x.contiguous(), window)
+        torch.testing.assert_close(lower_max_pooling(x, window), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_after_a_lowered_convolution_the_examples_stay_innermost():
+    x = torch.randn(6, 3, 8, 8)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)]
+    with Lowering(fail):
+        for layer in layers:
+            x = layer(x)
+            assert x.stride(0) == 1, layer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"dilation": 2},
+        {"stride": 1},
+        {"ceil_mode": True},
+        {"return_indices": True},
+    ],
+)
+def test_windows_that_are_not_side_by_side_are_left_to_torch(options):
+    x = lying_examples_innermost(torch.randn(6, 3, 8, 8))
+    assert lower_max_pooling(x, 2, **options) is NotImplemented
+    assert lower_max_pooling(x.contiguous(), 2) is NotImplemented
+
+
+def test_convolutions_that_torch_does_as_well_are_left_to_it():
+    x, weight = torch.randn(6, 4, 8, 8), torch.randn(8, 4, 3, 3)
+    assert lower_convolution(x, weight) is not NotImplemented
+    assert lower_convolution(x, weight[:, :2], groups=2) is NotImplemented
+    assert lower_convolution(x, weight, dilation=2) is NotImplemented
+    assert lower_convolution(x, weight, padding="same") is NotImplemented
+    assert lower_convolution(x[0], weight) is NotImplemented
+    assert lower_convolution(x, weight, stride=(1.5, 1)) is NotImplemented
+    assert lower_convolution(torch.empty(64, 64, 64, 64), torch.empty(64, 64, 3, 3)) is NotImplemented  # for its memory
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lower_convolution(x, weight) is NotImplemented
+    with Lowering(fail), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        F.conv2d(x[..., :2, :2], weight)
+    with Lowering(fail), pytest.raises(RuntimeError, match="to have 4 channels"):
+        F.conv2d(x[:, :3], weight)
 
 
 @pytest.mark.parametrize("classes", [3, 9, 40])

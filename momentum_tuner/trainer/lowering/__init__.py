@@ -17,6 +17,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from momentum_tuner.trainer.lowering.attention import lower_attention, lower_multi_head_attention
+from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_view
+from momentum_tuner.trainer.lowering.normalization import lower_batch_norm
+from momentum_tuner.trainer.lowering.pooling import lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
@@ -49,6 +52,10 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
             (torch.log_softmax, functional.log_softmax, Tensor.log_softmax), partial(lower_softmax, torch.log_softmax)
         ),
         functional.cross_entropy: lower_cross_entropy,
+        functional.batch_norm: lower_batch_norm,
+        Tensor.view: lower_view,
+        torch.conv2d: lower_convolution,
+        **dict.fromkeys((functional.max_pool2d, torch.max_pool2d), lower_max_pooling),
     }
 )
 
