@@ -16,7 +16,7 @@ from momentum_tuner.trainer.dropout import _Calls
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.lowering.attention import lower_attention
 from momentum_tuner.trainer.lowering.convolution import lower_convolution
-from momentum_tuner.trainer.lowering.pooling import lower_max_pooling
+from momentum_tuner.trainer.lowering.pooling import lower_average_pooling, lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
@@ -162,7 +162,7 @@ MODELS |= {
     ),
     "convolution, pooled over lines": lambda: Images(nn.Conv2d(3, 4, 2), nn.MaxPool2d((1, 4)), nn.MaxPool2d((3, 1))),
     "convolution, pooled with overlap": lambda: Images(nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, stride=2, padding=1)),
-    "convolution, averaged": lambda: Images(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)),
+    "convolution, averaged": lambda: Images(nn.Conv2d(3, 4, 3), nn.AvgPool2d((2, 3)), nn.AdaptiveAvgPool2d(1)),
     "convolution, batch norm": lambda: Images(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()
     ),
@@ -281,6 +281,14 @@ def test_windows_that_are_not_side_by_side_are_left_to_torch(options):
     x = lying_examples_innermost(torch.randn(6, 3, 8, 8))
     assert lower_max_pooling(x, 2, **options) is NotImplemented
     assert lower_max_pooling(x.contiguous(), 2) is NotImplemented
+
+
+def test_averages_but_of_windows_side_by_side_are_left_to_torch():
+    x = lying_examples_innermost(torch.randn(6, 3, 8, 6))
+    assert torch.allclose(lower_average_pooling(x, (4, 3)), F.avg_pool2d(x, (4, 3)))
+    for size, options in [(3, {}), (2, {"padding": 1}), (2, {"stride": 1}), (2, {"divisor_override": 3})]:
+        assert lower_average_pooling(x, size, **options) is NotImplemented
+    assert lower_average_pooling(x.contiguous(), 2) is NotImplemented
 
 
 def test_convolutions_that_torch_does_as_well_are_left_to_it():

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from momentum_tuner.trainer.lowering.attention import lower_attention, lower_multi_head_attention
 from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_view
 from momentum_tuner.trainer.lowering.normalization import lower_batch_norm
-from momentum_tuner.trainer.lowering.pooling import lower_max_pooling
+from momentum_tuner.trainer.lowering.pooling import lower_average_pooling, lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
@@ -55,6 +55,7 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         functional.batch_norm: lower_batch_norm,
         Tensor.view: lower_view,
         torch.conv2d: lower_convolution,
+        functional.avg_pool2d: lower_average_pooling,
         **dict.fromkeys((functional.max_pool2d, torch.max_pool2d), lower_max_pooling),
     }
 )

@@ -1,7 +1,9 @@
-"""`max_pool2d` of images whose examples lie innermost: along rows, then along columns, many windows at once."""
+"""Pooling of images whose examples lie innermost: many windows at once."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +31,37 @@ def lower_max_pooling(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """`max_pool2d` over windows that do not overlap, after a lowered convolution; NotImplemented for anything else."""
-    window = pair(kernel_size)
-    apart = pair(stride or kernel_size) == window and pair(padding) == (0, 0) and pair(dilation) == (1, 1)
-    if window is None or not apart or ceil_mode or return_indices or not lies_examples_innermost(x):
+    """`max_pool2d` over windows side by side, after a lowered convolution; NotImplemented for anything else."""
+    window = _side_by_side(kernel_size, stride, padding)
+    plain = pair(dilation) == (1, 1) and not ceil_mode and not return_indices
+    if window is None or not plain or not lies_examples_innermost(x):
         return NotImplemented
     out, *_ = _MaxPooling.over(x[None], window)
     return out.squeeze(0)
+
+
+def lower_average_pooling(
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """`avg_pool2d` over windows side by side that cover the images, after a lowered convolution; or NotImplemented."""
+    window = _side_by_side(kernel_size, stride, padding)
+    if window is None or divisor_override is not None or not lies_examples_innermost(x):
+        return NotImplemented
+    if any(n % k for n, k in zip(x.shape[2:], window, strict=True)):
+        return NotImplemented
+    return _AveragePooling.over(x[None], window).squeeze(0)
+
+
+def _side_by_side(kernel_size: Any, stride: Any, padding: Any) -> Pair | None:
+    """The size of windows that neither overlap nor leave anything out between them."""
+    window = pair(kernel_size)
+    return window if pair(stride or kernel_size) == window and pair(padding) == (0, 0) else None
 
 
 def _covered(x: Tensor, window: Pair) -> Tensor:
@@ -102,3 +128,34 @@ class _MaxPoolingGradient(SlotFunction):
         _write_gradient(of_out, leads[within:], _lanes(of_rows, 2, window[0]))
         _write_gradient(of_rows, leads[:within], _lanes(_covered(x, window), 3, window[1]))
         return examples_first(x)
+
+
+class _AveragePooling(SlotFunction):
+    @staticmethod
+    def forward(x: Tensor, window: Pair) -> Tensor:
+        """Of `x` `[S, B, C, H, W]` the mean of each window. Torch's own mean over these axes takes longer."""
+        of_rows = _sum(_lanes(examples_last(x), 3, window[1]))
+        return examples_first(_sum(_lanes(of_rows, 2, window[0])) / math.prod(window))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the gradient needs."""
+        ctx.window = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, None]:
+        """Each pixel of a window has its share."""
+        return _AveragePoolingGradient.over(of_out, ctx.window), None
+
+
+class _AveragePoolingGradient(SlotFunction):
+    @staticmethod
+    def forward(of_out: Tensor, window: Pair) -> Tensor:
+        share = examples_last(of_out) / math.prod(window)
+        slots, channels, rows, columns, examples = share.shape
+        x = share[:, :, :, None, :, None].expand(-1, -1, -1, window[0], -1, window[1], -1)
+        return examples_first(x.reshape(slots, channels, rows * window[0], columns * window[1], examples))
+
+
+def _sum(lanes: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, lanes)
