@@ -72,7 +72,8 @@ def _covered(x: Tensor, window: Pair) -> Tensor:
 
 def _lanes(x: Tensor, axis: int, count: int) -> list[Tensor]:
     """The first pixels along an axis of all windows, the second ones, and so on: views."""
-    return list(x.unfold(axis, count, count).unbind(-1))
+    before = (slice(None),) * axis
+    return [x[(*before, slice(first, None, count))] for first in range(count)]
 
 
 def _best(lanes: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
