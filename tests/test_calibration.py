@@ -31,7 +31,8 @@ def sequential(threads=1, width=2):
     ("seconds", "most", "best"),
     [
         ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.0, fused(64): 1.5}, 64, fused(16)),
-        ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.02, fused(64): 1.0}, 64, fused(16)),
+        ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.04, fused(64): 1.0}, 64, fused(16)),
+        ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.06, fused(64): 1.0}, 64, fused(64)),
         ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.1, fused(64): 1.0}, 64, fused(64)),
         ({sequential(): 5.0, fused(8): 2.0, fused(16): 1.1, fused(64): 1.0}, 32, fused(16)),
         ({sequential(): 1.0, fused(8): 1.2, fused(16): 1.1}, 64, sequential()),

@@ -25,9 +25,9 @@ SEQUENTIAL_WIDTH = 2
 """Slots at once where they train one after the other: more would take as long for each, and be through later, so that
 trials that begin meanwhile know less of others. A worker that dies would lose more, too."""
 NARROWEST = 4
-ENOUGH = 1.03
+ENOUGH = 1.05
 """A way that takes at most this much longer than the fastest is as good: the narrowest of those is taken, as trials
-that begin later know more of others."""
+that begin later know more of others, and as several workers share the memory, which a wide step needs more of."""
 USUAL_GAIN = 1.3
 USUAL_COMPILE_SECONDS = 40.0
 KEPT_SECONDS = 1.0
