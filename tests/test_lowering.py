@@ -291,7 +291,7 @@ def test_averages_but_of_windows_side_by_side_are_left_to_torch():
     assert lower_average_pooling(x.contiguous(), 2) is NotImplemented
 
 
-def test_convolutions_that_torch_does_as_well_are_left_to_it():
+def test_convolutions_with_more_to_them_or_too_large_are_left_to_torch():
     x, weight = torch.randn(6, 4, 8, 8), torch.randn(8, 4, 3, 3)
     assert lower_convolution(x, weight) is not NotImplemented
     assert lower_convolution(x, weight[:, :2], groups=2) is NotImplemented

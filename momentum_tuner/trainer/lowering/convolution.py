@@ -59,7 +59,7 @@ def lower_convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """`torch.conv2d` on a CPU; NotImplemented for what torch's own rule serves as well or better."""
+    """`torch.conv2d` on a CPU; NotImplemented for groups, dilation, autocast and patches that take too much memory."""
     plain = isinstance(x, Tensor) and x.device.type == "cpu" and x.ndim == 4 and pair(dilation) == (1, 1)
     if not plain or groups != 1 or torch.is_autocast_enabled("cpu"):
         return NotImplemented
@@ -110,11 +110,10 @@ class _Convolution(SlotFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the gradient needs."""
-        x, weight, ctx.bias, ctx.stride, ctx.padding = inputs
+        x, weight, bias, ctx.stride, ctx.padding = inputs
+        ctx.size, ctx.biased = x.shape[3:], bias is not None
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(weight, output[1])
-        ctx.size = x.shape[3:]
-        ctx.biased = ctx.bias is not None
 
     @staticmethod
     def backward(ctx: Any, of_out: Tensor, _: Any) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
