@@ -15,7 +15,7 @@ from momentum_tuner.trainer import Trainer, TrialSettings
 from momentum_tuner.trainer.dropout import _Calls
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.lowering.attention import lower_attention
-from momentum_tuner.trainer.lowering.convolution import lower_convolution
+from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_line_convolution
 from momentum_tuner.trainer.lowering.pooling import lower_average_pooling, lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
@@ -170,6 +170,28 @@ MODELS |= {
     "convolution, viewed by a shape": lambda: Images(nn.Conv2d(3, 4, 3), Viewed([7, 2, -1]), nn.Linear(72, 2)),
 }
 
+MODELS |= {
+    f"convolution over lines {' '.join(f'{name}={value}' for name, value in options.items())}": partial(
+        lambda options: nn.Sequential(nn.Conv1d(3, 4, **options), nn.Tanh(), nn.Conv1d(4, 5, 2)), options
+    )
+    for options in [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 4, "stride": 2, "bias": False},
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "dilation": 2},
+    ]
+}
+MODELS |= {
+    "convolution over lines, pooled": lambda: nn.Sequential(
+        nn.Conv1d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool1d(3), nn.Conv1d(4, 2, 2), nn.Flatten(), nn.Linear(2, 2)
+    ),
+    "convolution over lines, pooled with overlap": lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.MaxPool1d(3, stride=1)),
+    "convolution over lines, averaged": lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.AvgPool1d(2), nn.AvgPool1d(2)),
+    "convolution over lines, batch norm": lambda: nn.Sequential(
+        nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU()
+    ),
+}
+
 
 def tensors_of(out):
     """All tensors in a model's output."""
@@ -265,6 +287,17 @@ def test_after_a_lowered_convolution_the_examples_stay_innermost():
         for layer in layers:
             x = layer(x)
             assert x.stride(0) == 1, layer
+        x = torch.randn(6, 3, 18)
+        for layer in (
+            nn.Conv1d(3, 4, 3),
+            nn.BatchNorm1d(4),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(4, 2, 1),
+            nn.AvgPool1d(2),
+        ):
+            x = layer(x)
+            assert x.stride(0) == 1, layer
 
 
 @pytest.mark.parametrize(
@@ -284,7 +317,7 @@ def test_windows_that_are_not_side_by_side_are_left_to_torch(options):
 
 
 def test_averages_but_of_windows_side_by_side_are_left_to_torch():
-    x = lying_examples_innermost(torch.randn(6, 3, 8, 6))
+    x = lying_examples_innermost(torch.randn(6, 3, 8, 6, dtype=torch.float64))
     assert torch.allclose(lower_average_pooling(x, (4, 3)), F.avg_pool2d(x, (4, 3)))
     for size, options in [(3, {}), (2, {"padding": 1}), (2, {"stride": 1}), (2, {"divisor_override": 3})]:
         assert lower_average_pooling(x, size, **options) is NotImplemented
@@ -300,6 +333,9 @@ def test_convolutions_with_more_to_them_or_too_large_are_left_to_torch():
     assert lower_convolution(x[0], weight) is NotImplemented
     assert lower_convolution(x, weight, stride=(1.5, 1)) is NotImplemented
     assert lower_convolution(torch.empty(64, 64, 64, 64), torch.empty(64, 64, 3, 3)) is NotImplemented  # for its memory
+    assert lower_line_convolution(x[:, 0], weight[0], padding="same") is NotImplemented
+    assert lower_line_convolution(x[:, 0], weight[0], stride=(1.5,)) is NotImplemented
+    assert lower_line_convolution(x[0, 0], weight[0]) is NotImplemented
     with torch.autocast("cpu", torch.bfloat16):
         assert lower_convolution(x, weight) is NotImplemented
     with Lowering(fail), pytest.raises(RuntimeError, match="Kernel size can't be greater"):

@@ -17,9 +17,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from momentum_tuner.trainer.lowering.attention import lower_attention, lower_multi_head_attention
-from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_view
+from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_line_convolution, lower_view
 from momentum_tuner.trainer.lowering.normalization import lower_batch_norm
-from momentum_tuner.trainer.lowering.pooling import lower_average_pooling, lower_max_pooling
+from momentum_tuner.trainer.lowering.pooling import (
+    lower_average_pooling,
+    lower_line_pooling,
+    lower_max_pooling,
+)
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
@@ -54,8 +58,11 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         functional.cross_entropy: lower_cross_entropy,
         functional.batch_norm: lower_batch_norm,
         Tensor.view: lower_view,
+        torch.conv1d: lower_line_convolution,
         torch.conv2d: lower_convolution,
+        torch.avg_pool1d: partial(lower_line_pooling, lower_average_pooling),
         functional.avg_pool2d: lower_average_pooling,
+        **dict.fromkeys((functional.max_pool1d, torch.max_pool1d), partial(lower_line_pooling, lower_max_pooling)),
         **dict.fromkeys((functional.max_pool2d, torch.max_pool2d), lower_max_pooling),
     }
 )

@@ -1,4 +1,4 @@
-"""`conv2d` as one product for each slot, and what comes after it in the order in which the product leaves its numbers.
+"""`conv2d` and `conv1d` as one product for each slot, and what comes after it in the order in which the product leaves its numbers.
 
 Torch's own rule makes one grouped convolution of all slots and lets the examples be the outermost axis, channels and
 pixels the inner ones. A product of the weights with all patches of the images leaves the examples innermost: so they
@@ -72,6 +72,29 @@ def lower_convolution(
         return NotImplemented
     out, _ = _Convolution.over(x[None], weight[None], None if bias is None else bias[None], steps, edges)
     return out.squeeze(0)
+
+
+def lower_line_convolution(
+    x: Any,
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """`torch.conv1d` as a convolution of images of one row."""
+    steps, edges, holes = of_line(stride, 1), of_line(padding, 0), of_line(dilation, 1)
+    if not isinstance(x, Tensor) or x.ndim != 3 or None in (steps, edges, holes):
+        return NotImplemented
+    out = lower_convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, steps, edges, holes, groups)
+    return out if out is NotImplemented else out.squeeze(2)
+
+
+def of_line(value: Any, other: int) -> Pair | None:
+    """An option of one axis, such as a stride, for images of one row; None for what says something else."""
+    found = pair(value)
+    return None if found is None or found[0] != found[1] else (other, found[1])
 
 
 def lower_view(x: Tensor, *shape: Any) -> Any:

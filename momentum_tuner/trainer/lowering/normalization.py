@@ -1,4 +1,4 @@
-"""`batch_norm` of images whose examples lie innermost, as of one example with all their pixels."""
+"""`batch_norm` of images, or lines, whose examples lie innermost, as of one example with all their pixels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def lower_batch_norm(x: Any, *args: Any, **kwargs: Any) -> Any:
 
     Returns NotImplemented for images that lie otherwise.
     """
-    if not lies_examples_innermost(x):
+    if not isinstance(x, Tensor) or not lies_examples_innermost(x.unsqueeze(2) if x.ndim == 3 else x):
         return NotImplemented
-    pixels = x.permute(1, 2, 3, 0)
+    pixels = x.movedim(0, -1)
     out: Tensor = functional.batch_norm(pixels.flatten(1)[None], *args, **kwargs)
-    return out.squeeze(0).view(pixels.shape).permute(3, 0, 1, 2)
+    return out.squeeze(0).view(pixels.shape).movedim(-1, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from momentum_tuner.trainer.lowering.convolution import (
     examples_first,
     examples_last,
     lies_examples_innermost,
+    of_line,
     pair,
 )
 from momentum_tuner.trainer.lowering.slotwise import SlotFunction
@@ -56,6 +57,17 @@ def lower_average_pooling(
     if any(n % k for n, k in zip(x.shape[2:], window, strict=True)):
         return NotImplemented
     return _AveragePooling.over(x[None], window).squeeze(0)
+
+
+def lower_line_pooling(
+    lower: Callable[..., Any], x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+) -> Any:
+    """`max_pool1d` or `avg_pool1d` as pooling of images of one row; `lower` is the lowering of that."""
+    window, steps, edges = of_line(kernel_size, 1), of_line(stride or kernel_size, 1), of_line(padding, 0)
+    if not isinstance(x, Tensor) or x.ndim != 3 or None in (window, steps, edges):
+        return NotImplemented
+    out = lower(x.unsqueeze(2), window, steps, edges, *args, **kwargs)
+    return out if out is NotImplemented else out.squeeze(2)
 
 
 def _side_by_side(kernel_size: Any, stride: Any, padding: Any) -> Pair | None:
