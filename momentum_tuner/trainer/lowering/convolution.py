@@ -1,4 +1,4 @@
-"""`conv2d` and `conv1d` as one product for each slot, and what comes after it in the order in which the product leaves its numbers.
+"""`conv2d` and `conv1d` as one product for each slot, and what comes after it in the order that the product leaves.
 
 Torch's own rule makes one grouped convolution of all slots and lets the examples be the outermost axis, channels and
 pixels the inner ones. A product of the weights with all patches of the images leaves the examples innermost: so they
