@@ -104,6 +104,19 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its tables, to be copied: making them takes seconds."""
+    from mlflow import MlflowClient  # most tests do without it
+
+    from momentum_tuner.tracking import quiet_mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    quiet_mlflow()
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(params=DIALECTS)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a database without any table."""

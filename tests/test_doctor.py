@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
-from mlflow import MlflowClient
 
 from momentum_tuner.cli import cli
 from momentum_tuner.doctor import Finding, examine, machine, stores
@@ -31,7 +30,6 @@ from momentum_tuner.doctor.machine import (
     check_python,
 )
 from momentum_tuner.doctor.stores import check_checkpoints, check_database, check_tracking, local_folders
-from momentum_tuner.tracking import quiet_mlflow
 
 
 @pytest.fixture(autouse=True)
@@ -295,11 +293,11 @@ def test_a_folder_that_cannot_be_written_is_a_fault_of_each_store():
             assert found.mend == mend
 
 
-def test_a_database_file_that_cannot_be_written_is_a_fault(migrated_sqlite, empty_mlflow_file):
+def test_a_database_file_that_cannot_be_written_is_a_fault(migrated_sqlite, empty_mlflow):
     with locked_folder() as place:
         user = os.geteuid()
         os.seteuid(os.getuid())
-        for name, file in (("a.db", migrated_sqlite), ("m.db", empty_mlflow_file)):
+        for name, file in (("a.db", migrated_sqlite), ("m.db", empty_mlflow)):
             shutil.copy(file, place / name)
             (place / name).chmod(0o444)
         os.seteuid(user)
@@ -361,17 +359,8 @@ def test_the_kind_of_file_system_is_that_of_the_nearest_mount():
 # MLflow
 
 
-@pytest.fixture(scope="session")
-def empty_mlflow_file(tmp_path_factory) -> Path:
-    """An MLflow store with its tables, to be copied: making them takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    quiet_mlflow()
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-def test_mlflows_file_is_sound_and_one_of_an_older_mlflow_is_a_fault(tmp_path, empty_mlflow_file):
-    shutil.copy(empty_mlflow_file, tmp_path / "mlflow.db")
+def test_mlflows_file_is_sound_and_one_of_an_older_mlflow_is_a_fault(tmp_path, empty_mlflow):
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     assert only(check_tracking("sqlite:///mlflow.db")).status == "ok"
     engine = sa.create_engine(f"sqlite:///{tmp_path}/mlflow.db")
     with engine.begin() as connection:
@@ -392,9 +381,9 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture
-def strict_server(tmp_path, empty_mlflow_file):
+def strict_server(tmp_path, empty_mlflow):
     """A real MLflow server that lets in only who calls it by another name."""
-    shutil.copy(empty_mlflow_file, tmp_path / "mlflow.db")
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--allowed-hosts", "mlflow.example"]

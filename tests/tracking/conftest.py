@@ -1,4 +1,4 @@
-"""Stores of MLflow that are empty but for their tables, and a database."""
+"""Stores of MLflow of a test's own, and a database."""
 
 from __future__ import annotations
 
@@ -6,20 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from momentum_tuner.database import Database
-from momentum_tuner.tracking import quiet_mlflow
 from momentum_tuner.tracking import store as store_module
-
-
-@pytest.fixture(scope="session")
-def empty_mlflow(tmp_path_factory) -> Path:
-    """An MLflow store with its tables, to be copied: making them takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    quiet_mlflow()
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
