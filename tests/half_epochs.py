@@ -1,4 +1,4 @@
-"""Tasks, trials and training for the tests of epochs that stop at a step."""
+"""Tasks, trials and training for the tests of the trainer, most of all of epochs that stop at a step."""
 
 import json
 from dataclasses import asdict, replace

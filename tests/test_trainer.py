@@ -21,11 +21,12 @@ from momentum_tuner.trainer.data import MemorySource, TrainingData
 from momentum_tuner.trainer.dropout import KeyedDropout, _Calls, key_dropout, step_keys
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 
+from .half_epochs import BATCH, FEATURES, mean_square, perceptron
 from .live import live_tensors
 
 torch.set_num_threads(1)
 
-EXAMPLES, FEATURES, BATCH = 64, 4, 8
+EXAMPLES = 64
 STEPS = EXAMPLES // BATCH
 
 
@@ -34,14 +35,6 @@ def examples(count=EXAMPLES, seed=0):
     x = torch.randn(count, FEATURES, generator=generator)
     y = torch.sin(x.sum(1, keepdim=True)) + 0.1 * torch.randn(count, 1, generator=generator)
     return x, y
-
-
-def mean_square(model, batch):
-    return (model(batch[0]) - batch[1]).square().mean()
-
-
-def perceptron():
-    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 def make_task(model=perceptron, **changes):
