@@ -37,6 +37,7 @@ NEEDED = (
     *_FOR_CHECKS,
     "momentum_tuner.worker",
     "torch._dynamo",  # torch.func imports it at its first call
+    "alembic.command",  # as Optuna's storage does when it is opened
 )
 """What takes long to import and every worker needs; a task can be checked with the first of it."""
 CHECK, WORKER = "check", "worker"

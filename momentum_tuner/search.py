@@ -23,8 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
-from momentum_tuner.database import UNREACHABLE, Database, engine_options, optuna_differs, tune_engine
-from momentum_tuner.errors import StorageError
+from momentum_tuner.database import UNREACHABLE, Database, engine_options, refuse_other_optuna, tune_engine
 from momentum_tuner.faults import crash_point
 from momentum_tuner.halving import BatchHalvingPruner, BatchHyperbandPruner
 from momentum_tuner.simplex import SimplexSampler
@@ -375,14 +374,12 @@ def open_storage(database: Database) -> optuna.storages.RDBStorage:
         skip_table_creation=True,
         skip_compatibility_check=True,
     )
-    held, known = storage.get_current_version(), storage.get_head_version()
-    if held != known:
+    try:
+        refuse_other_optuna(database, storage)
+        tune_engine(storage.engine)
+    finally:
         storage.remove_session()
-        storage.engine.dispose()
-        raise StorageError(optuna_differs(database, held, known))
-    tune_engine(storage.engine)
-    storage.remove_session()
-    storage.engine.dispose()  # connections from before the tuning
+        storage.engine.dispose()  # connections from before the tuning
     return storage
 
 

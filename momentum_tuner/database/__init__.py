@@ -7,7 +7,7 @@ from momentum_tuner.database.engine import (
     insert_new,
     tune_engine,
 )
-from momentum_tuner.database.migrate import is_current, migrate, optuna_differs, prepare_migration
+from momentum_tuner.database.migrate import is_current, migrate, prepare_migration, refuse_other_optuna
 from momentum_tuner.database.models import (
     Base,
     Calibration,
@@ -35,8 +35,8 @@ __all__ = [
     "insert_new",
     "is_current",
     "migrate",
-    "optuna_differs",
     "plain_number",
     "prepare_migration",
+    "refuse_other_optuna",
     "tune_engine",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -12,10 +13,15 @@ from sqlalchemy.engine import Connection
 from momentum_tuner.database.engine import Database, engine_options
 from momentum_tuner.errors import StorageError
 
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
 VERSION_TABLE = "momentum_tuner_version"
 CURRENT = "0003"
 _LOCK_SECONDS = 300
 _LOCK = 0x6D6F6D656E74  # "moment", the key of PostgreSQL's advisory lock around migrations
+_KNOWN: list[str] = []
+"""The version of its tables that the Optuna of this process knows, once it was asked: it reads all its migrations."""
 
 
 def migrate(database: Database) -> None:
@@ -96,20 +102,33 @@ def create_optuna_tables(database: Database, tries: int = 20) -> None:
                 raise
             time.sleep(0.1 * (attempt + 1))
         else:
-            held, known = storage.get_current_version(), storage.get_head_version()
-            storage.remove_session()
-            storage.engine.dispose()
-            if held != known:
-                raise StorageError(optuna_differs(database, held, known))
+            try:
+                refuse_other_optuna(database, storage)
+            finally:
+                storage.remove_session()
+                storage.engine.dispose()
             return
 
 
-def optuna_differs(database: Database, held: str, known: str) -> str:
-    """What to say of Optuna's tables in another version than that of the Optuna installed here."""
-    return (
-        f"the database {database.shown} holds Optuna's tables in version {held}, but the Optuna of this machine "
-        f"knows {known}; install the Optuna they are of, or bring them up to date with `optuna storage upgrade`"
-    )
+def refuse_other_optuna(database: Database, storage: RDBStorage) -> None:
+    """See that Optuna's tables are of the version of the Optuna installed here.
+
+    Args:
+        database: where they are.
+        storage: Optuna's own on it.
+
+    Raises:
+        StorageError: they are of another version.
+    """
+    held = storage.get_current_version()
+    if not _KNOWN:
+        _KNOWN.append(storage.get_head_version())
+    known = _KNOWN[0]
+    if held != known:
+        raise StorageError(
+            f"the database {database.shown} holds Optuna's tables in version {held}, but the Optuna of this machine "
+            f"knows {known}; install the Optuna they are of, or bring them up to date with `optuna storage upgrade`"
+        )
 
 
 def _upgrade(connection: Connection) -> None:
