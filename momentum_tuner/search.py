@@ -152,23 +152,26 @@ class Search:
                     return _not_lost(suggested.get(frozen._trial_id), ticket_id)
         return None
 
-    def fail_leftovers(self, noted: Mapping[int, tuple[int | None, bool]]) -> int:
+    def fail_leftovers(self, read_noted: Callable[[], Mapping[int, tuple[int | None, bool]]]) -> int:
         """Fail the running trials that belong to no ticket any more; returns how many.
 
         A worker that was stopped for long before it asked gets a trial for a ticket that another worker has adopted.
 
         Args:
-            noted: for each ticket the trial that is noted on it, and whether it is done.
+            read_noted: reads for each ticket the trial that is noted on it, and whether it is done; called when it is
+                known which trials run, as a ticket is there before its trial.
         """
-        left = 0
-        for place in self._places():
-            with self._in_batch():
-                for frozen in self._running(place):
-                    trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
-                    if done or trial_id not in (None, frozen._trial_id):
-                        self.tell(place, frozen._trial_id, "failed", None)
-                        left += 1
-        return left
+        with self._in_batch():
+            running = [(place, frozen) for place in self._places() for frozen in self._running(place)]
+            noted = read_noted() if running else {}
+            left = []
+            for place, frozen in running:
+                trial_id, done = noted.get(frozen.user_attrs.get(TICKET, 0), (None, True))
+                if done or trial_id not in (None, frozen._trial_id):
+                    left.append((place, frozen._trial_id))
+            for place, trial_id in left:
+                self.tell(place, trial_id, "failed", None)
+        return len(left)
 
     def report(self, place: str, trial_id: int, epoch: int, value: float) -> None:
         """Report the value at a rung of what the pruner judges.

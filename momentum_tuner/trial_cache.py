@@ -88,13 +88,16 @@ class TrialCache(_CachedStorage):
         now = datetime.datetime.now(datetime.UTC)
         with self._database.write() as session:
             lost = write_trials(session, self._writes, now)
-            self._mine -= lost  # nobody else has written to the rest
-            if read := lost | (self._writes.ends.keys() - self._mine):
-                self._take(read_trials(session, {}, read))
-        for trial_id, (state, values) in self._writes.ends.items():
-            if trial_id in self._mine:
-                study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-                self._take({study_id: [ended(self._studies[study_id].trials[number], state, values, now)]})
+            shared = lost | (self._writes.ends.keys() - self._mine)
+            found = read_trials(session, {}, shared) if shared else {}
+        # Once it is committed: a finished trial that is kept is never read again.
+        self._mine -= lost  # nobody else has written to the rest
+        with self._lock:
+            self._take(found)
+            for trial_id, (state, values) in self._writes.ends.items():
+                if trial_id in self._mine:
+                    study_id, number = self._trial_id_to_study_id_and_number[trial_id]
+                    self._take({study_id: [ended(self._studies[study_id].trials[number], state, values, now)]})
         self._writes = TrialWrites()
         return lost
 

@@ -386,7 +386,7 @@ def test_leftovers_are_failed_and_nothing_else(sqlite_database, make_spec, searc
     noted, ghost, asking, done, unknown = (one.ask("nesterov", ticket) for ticket in (1, 1, 2, 3, 4))
     other = one.ask("sgd", 3)
     tickets = {1: (noted.trial_id, False), 2: (None, False), 3: (done.trial_id, True)}
-    assert one.fail_leftovers(tickets) == 4
+    assert one.fail_leftovers(lambda: tickets) == 4
     states = {t._trial_id: t.state for t in trials(sqlite_database)}
     assert states == {
         noted.trial_id: TrialState.RUNNING,
@@ -398,7 +398,24 @@ def test_leftovers_are_failed_and_nothing_else(sqlite_database, make_spec, searc
     assert [(t._trial_id, t.state) for t in trials(sqlite_database, "digits-mlp/sgd")] == [
         (other.trial_id, TrialState.FAIL)
     ]
-    assert one.fail_leftovers(tickets) == 0
+    assert one.fail_leftovers(lambda: tickets) == 0
+
+
+def test_a_trial_that_begins_while_leftovers_are_looked_for_is_none(sqlite_database, make_spec, search):
+    """As when another worker opens the confirmation between two looks at the database."""
+    looking, other = search(make_spec(space=SPACE)), search(make_spec(space=SPACE))
+    done = other.ask("nesterov", 1)
+    other.tell("nesterov", done.trial_id, "complete", 0.5)
+    left = other.ask("nesterov", 1)
+
+    def read_late():
+        new = other.ask("nesterov", 2)
+        return {1: (done.trial_id, True), 2: (new.trial_id, False)}
+
+    assert looking.fail_leftovers(read_late) == 1
+    states = [trial.state for trial in trials(sqlite_database)]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+    assert left.number == 1
 
 
 def test_who_lost_a_trial_that_was_ended_elsewhere_is_not_stopped_by_it(search, make_spec):
@@ -423,7 +440,7 @@ def test_a_trial_that_is_ended_while_it_is_asked_for_is_lost(search, make_spec, 
     suggest = zombie._suggest
 
     def late(trial_ids):
-        assert heir.fail_leftovers({}) == 1
+        assert heir.fail_leftovers(dict) == 1
         return suggest(trial_ids)
 
     monkeypatch.setattr(zombie, "_suggest", late)

@@ -9,6 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from momentum_tuner import trial_cache
+from momentum_tuner.errors import StorageError
 from momentum_tuner.search import TICKET, Search
 from momentum_tuner.trial_tables import read_trials
 
@@ -273,6 +274,26 @@ def test_after_a_batch_that_was_not_written_what_the_database_has_is_read_again(
     with search.batch(False):
         (trial,) = search._study("momentum").get_trials(deepcopy=False)
     assert trial.intermediate_values == {}
+
+
+def test_what_was_told_of_an_adopted_trial_is_told_again_if_it_was_not_committed(search, database, monkeypatch):
+    other = Search(database, search.spec, worker_seed=1)
+    adopted = other.ask("momentum", 1).trial_id
+    other.close()
+    assert search.recall("momentum", 1).trial_id == adopted
+    commit = database.engine.dialect.do_commit
+
+    def lose(connection):
+        monkeypatch.setattr(database.engine.dialect, "do_commit", commit)
+        raise sa.exc.OperationalError("COMMIT", {}, OSError("the connection is lost"))
+
+    monkeypatch.setattr(database.engine.dialect, "do_commit", lose)
+    with pytest.raises(StorageError):
+        search.tell("momentum", adopted, "complete", 0.25)
+    assert search._backend.get_trial(adopted).state is TrialState.RUNNING
+    search.tell("momentum", adopted, "complete", 0.25)
+    told = search._backend.get_trial(adopted)
+    assert (told.state, told.values) == (TrialState.COMPLETE, [0.25])
 
 
 def test_a_batch_within_a_batch_is_written_at_its_own_end_and_what_it_told_is_seen_as_told(search):

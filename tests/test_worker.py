@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy as sa
 import torch
 
+from momentum_tuner import search
 from momentum_tuner.database import Epoch, Study, Ticket, Worker, database_now
-from momentum_tuner.errors import TaskError
+from momentum_tuner.errors import StorageError, TaskError
 from momentum_tuner.tasks import describe_data, load_task
 from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, note_data, register_worker, stop_worker
-from momentum_tuner.trainer import Trainer
+from momentum_tuner.trainer import SlotsOutOfMemoryError, Trainer
 from momentum_tuner.worker import StopSignal
 
 from .workbench import (
@@ -202,6 +203,26 @@ def test_without_memory_half_of_the_slots_go_back_with_their_state_and_the_study
     close_to(bench.curves(study), undisturbed(rates, slots=8, steps=20))
 
 
+@pytest.mark.parametrize(("slots", "fitting"), [(2, 1), (8, 5)])
+def test_trials_that_find_no_memory_as_they_are_admitted_wait_for_those_that_train(
+    bench, caplog, monkeypatch, slots, fitting
+):
+    study = bench.submit([0.01 * n for n in range(1, 9)], steps=5)
+    admit = Trainer.admit
+
+    def full(self, key, *arguments):
+        if len(self.keys) >= fitting:
+            raise SlotsOutOfMemoryError("CUDA out of memory", [key])
+        return admit(self, key, *arguments)
+
+    monkeypatch.setattr(Trainer, "admit", full)
+    bench.start(slots=slots).join()
+    assert f"going on with the {fitting} slots that fit" in caplog.text
+    assert max(len(marks) for marks in bench.steps()) == fitting
+    assert bench.rows(Ticket.attempts) == [(1,)] * 8
+    bench.check_exact(study)
+
+
 def test_a_trial_that_has_no_memory_even_alone_fails_and_the_others_complete(bench):
     study = bench.submit((0.01, 0.02, 1.0, 0.03, 0.04), steps=5)
     bench.ask_for("no-memory-beyond", 0.9)
@@ -211,6 +232,23 @@ def test_a_trial_that_has_no_memory_even_alone_fails_and_the_others_complete(ben
     assert "out of memory" in reasons[2]
     assert "a test's memory is full" in reasons[2]
     assert reasons[:2] + reasons[3:] == [None] * 4
+
+
+def test_a_worker_that_finds_no_database_as_it_opens_a_study_tries_again(bench, monkeypatch):
+    study = bench.submit(steps=2)
+    opened = search.open_storage
+    tries: list[None] = []
+
+    def away(database):
+        tries.append(None)
+        if len(tries) < 3:
+            raise StorageError("the database does not answer")
+        return opened(database)
+
+    monkeypatch.setattr(search, "open_storage", away)
+    bench.start().join()
+    assert len(tries) == 3
+    bench.check_exact(study)
 
 
 # Stability

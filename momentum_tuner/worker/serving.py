@@ -119,6 +119,9 @@ class Worker:
             return
         try:
             self._note_data(study, task)
+            worker = StudyWorker(
+                self.database, self.identity.id, study, task, self.options, self.stop, self.link, self.store
+            )
         except StorageError as error:
             self.link.failed(error)
             time.sleep(POLL_SECONDS)
@@ -127,9 +130,7 @@ class Worker:
         def elsewhere() -> bool:
             return bool(self._with_work({s.id for s in self._open_studies()} - {study.id}))
 
-        StudyWorker(self.database, self.identity.id, study, task, self.options, self.stop, self.link, self.store).run(
-            elsewhere
-        )
+        worker.run(elsewhere)
 
     def _note_data(self, study: StudyRecord, task: Task | Loop) -> None:
         """Note what the study's trials learn from, or warn where other workers found something else."""

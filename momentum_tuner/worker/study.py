@@ -176,7 +176,7 @@ class StudyWorker:
         for held in self._drop_lost(new, kept):
             held.noted = True
         if len(kept) < len(new):  # another worker has the tickets, and these trials may belong to none
-            self.search.fail_leftovers(noted_trials(self.database, self.study.id))
+            self.search.fail_leftovers(lambda: noted_trials(self.database, self.study.id))
 
     def _record(self) -> None:
         """Write the records that what follows needs: of trials that have ended or leave, and of those in a checkpoint.
@@ -300,8 +300,12 @@ class StudyWorker:
             self._recall(going_on)
         saved = self.saver.load([h for h in claimed if h.claim.checkpoint is not None])
         for held in claimed:
-            if held.stage is Stage.CLAIMED:
+            if held.stage is not Stage.CLAIMED:
+                continue
+            if self.trainer.free > 0:
                 self._admit(held, saved.get(held.claim.ticket_id))
+            else:  # memory did not suffice for as many slots as there were when it was claimed
+                held.stage = Stage.RETURNING
 
     def _ask(self, asking: Sequence[Held]) -> None:
         """Their Optuna trials: one that was asked for but never noted, or a new one."""
@@ -356,11 +360,13 @@ class StudyWorker:
             held.slot = self.trainer.slot_number(held.claim.ticket_id)
             held.stage = Stage.TRAINING
         except SlotsOutOfMemoryError as error:
-            if not self.trainer.keys:
+            fitting = len(self.trainer.keys)
+            if not fitting:
                 held.end(Result("failed", reason=out_of_memory(error)))
                 return
             held.stage = Stage.RETURNING
-            self._halve(error)
+            logger.warning("%s; going on with the %d slots that fit", error, fitting)
+            self.trainer.width = fitting
         except AbandonedError:
             return  # the worker stops, and gives its ticket back
         except MomentumTunerError:
@@ -468,9 +474,8 @@ class StudyWorker:
     def _is_over(self, elsewhere: Callable[[], bool]) -> bool:
         """Whether this worker is done here: the study is, or there is work elsewhere."""
         try:
-            noted = noted_trials(self.database, self.study.id)
-            if all(done for _, done in noted.values()):
-                self.search.fail_leftovers(noted)
+            if all(done for _, done in noted_trials(self.database, self.study.id).values()):
+                self.search.fail_leftovers(lambda: noted_trials(self.database, self.study.id))
                 if open_confirmation(self.database, self.study.id):
                     crash_point("opened")
                     return False
