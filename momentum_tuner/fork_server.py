@@ -44,6 +44,8 @@ CHECK, WORKER = "check", "worker"
 """The roles of forked processes, as `launcher.process` knows them."""
 _RUN = "momentum_tuner.launcher.process:follow_order"
 """What a forked process calls with its role; it returns the exit code."""
+_LEFT_TO_PARENT = (signal.SIGTERM, signal.SIGINT)
+"""Signals that the server ignores: they may be sent to all processes of a service, and its forks would end with it."""
 _MESSAGE = 4096
 """Bytes of the longest message."""
 
@@ -217,6 +219,8 @@ class ForkServer:
 
 def main() -> None:
     """Import what is needed, and fork off processes until the parent is gone."""
+    for number in _LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
     server = _Server(socket.socket(fileno=int(sys.argv[1])))
     gc.disable()  # which takes a quarter of the time of an import
     for count, module in enumerate(NEEDED, start=1):
@@ -284,7 +288,8 @@ class _Server:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for sent in (signal.SIGCHLD, *_LEFT_TO_PARENT):
+                signal.signal(sent, signal.SIG_DFL)
             os.setsid()
             os.dup2(order, 0)
             os.dup2(errors, 2)

@@ -107,6 +107,18 @@ def test_a_signal_for_a_process_that_is_not_there_yet_reaches_it(fork):
     assert process.wait(60) == -signal.SIGTERM
 
 
+def test_the_server_leaves_signals_to_its_parent_and_its_forks_do_not(server, fork):
+    first = fork(WORKER)
+    assert started(first)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server.process.send_signal(number)
+    second = fork(WORKER)
+    assert started(second)
+    assert server.alive and first.poll() is None
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(60) == -signal.SIGTERM
+
+
 def test_to_wait_has_an_end(fork):
     process = fork(WORKER)
     started(process)

@@ -198,19 +198,23 @@ def test_the_trainer_is_told_how_many_steps_are_left_now_and_then(sqlite_databas
     trainer = pacing.make_trainer(quadratic(dim=4, steps_per_epoch=5), never)
     told = []
 
-    def consider(trial_steps, sharing):
+    def save():
+        raise AssertionError("nothing is compiled")
+
+    def consider(trial_steps, sharing, before):
+        assert before is save
         told.append((trial_steps, sharing))
         trainer.pace.calibration = trainer.pace.calibration.having(Way("compiled", 32, 1), 1e-6, 3.0)
 
     monkeypatch.setattr(trainer, "consider_compiling", consider)
-    pacing.consider_compiling(trainer, 7)
-    pacing.consider_compiling(trainer, 7)
+    pacing.consider_compiling(trainer, 7, save)
+    pacing.consider_compiling(trainer, 7, save)
     # Of each of the six open trials half of its budget.
     assert told == [((7 + 6 * 2) * 5, 2)]
     assert rows(sqlite_database)["compiling", 0] == 3.0
     monkeypatch.setattr(trainer.pace, "considers", False)
     monkeypatch.setattr(pacing, "_next_look", 0.0)
-    pacing.consider_compiling(trainer, 7)
+    pacing.consider_compiling(trainer, 7, save)
     assert len(told) == 1
 
 

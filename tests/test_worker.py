@@ -18,6 +18,7 @@ from momentum_tuner.tasks import describe_data, load_task
 from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, note_data, register_worker, stop_worker
 from momentum_tuner.trainer import SlotsOutOfMemoryError, Trainer
 from momentum_tuner.worker import StopSignal
+from momentum_tuner.worker.pacing import Pacing
 
 from .workbench import (
     GRACE,
@@ -371,6 +372,40 @@ def test_trials_whose_training_fails_fail_with_the_reason_and_the_worker_goes_on
         assert said == "RuntimeError: this setting fails"
         assert all(frame.startswith('File "') for frame in frames)
         assert "watched_task.py" in frames[-1]
+
+
+def test_an_epoch_that_fails_as_the_worker_is_asked_to_stop_fails_no_trial(bench, monkeypatch):
+    study = bench.submit(steps=5)
+    stop = StopSignal()
+
+    def end(self, pause=None):
+        stop.asked = True
+        self.failed = self.keys
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_epoch", end)
+        bench.start("a", stop).join()
+    assert bench.rows(Ticket.state, Ticket.attempts) == [("open", 0)] * 4
+    bench.start("b").join()
+    bench.check_exact(study)
+
+
+def test_before_a_step_is_compiled_a_checkpoint_is_noted(bench, monkeypatch):
+    study = bench.submit(steps=5, epochs=2)
+    noted = []
+
+    def compiles(self, trainer, epochs_left, before):
+        before()
+        noted.append(
+            [(checkpoint is not None, state) for checkpoint, state in bench.rows(Ticket.checkpoint, Ticket.state)]
+        )
+
+    monkeypatch.setattr(Pacing, "consider_compiling", compiles)
+    bench.start("a").join()
+    assert noted == [[(True, "running")] * 4] * 2
+    bench.check_exact(study)
 
 
 def test_a_worker_notes_its_machine_and_what_the_trials_learn_from(bench, caplog):

@@ -33,6 +33,8 @@ DRAIN_SECONDS = 8.0
 STOP_SECONDS = 9.0
 """How long all has to end, with what is still shown to MLflow: whoever stops a worker gives it 10 s."""
 LEAST_PUBLISH_SECONDS = 0.5
+_POLL_SECONDS = 0.1
+_PUBLISHER_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class _Child:
     last_error: str = ""
     reader: threading.Thread | None = None
     options: WorkerOptions | None = None
+    draining: bool = False
 
 
 class LocalWorkers:
@@ -129,7 +132,10 @@ class LocalWorkers:
                 "trusted": list(trusted),
             },
         )
-        code = child.process.wait()
+        while (code := child.process.poll()) is None:
+            self.rest(_POLL_SECONDS)
+            if self._late():
+                self._end_server()
         _kill_group(child.process)
         self._finish_reading(child)
         if code == 2:
@@ -156,8 +162,11 @@ class LocalWorkers:
 
     def watch(self) -> bool:
         """Look after the workers once; True while any of them runs. Those asked to stop have 8 s."""
-        if self._drain_until is not None and time.monotonic() > self._drain_until:
-            self._drain_until = None
+        if self._stopping:
+            for child in self._workers:
+                _drain(child)
+        if self._late():
+            self._end_server()
             for child in self._workers:
                 _kill_group(child.process)
                 child.process.wait()
@@ -197,14 +206,15 @@ class LocalWorkers:
             time.sleep(seconds)
 
     def drain(self) -> None:
-        """Ask the workers to give their trials back and end."""
+        """Ask the workers to give their trials back and end; `watch` passes it on and gives them 8 s.
+
+        A signal may come in the middle of anything, so that nothing is called here.
+        """
         if self._stopping:
             return
         self._stopping = True
         self._drain_until = time.monotonic() + DRAIN_SECONDS
         self._stop_until = time.monotonic() + STOP_SECONDS
-        for child in self._workers:
-            child.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """Drain, and wait for the end."""
@@ -213,30 +223,32 @@ class LocalWorkers:
             self.rest(0.05)
 
     def kill(self) -> None:
-        """End all workers at once, as a second Ctrl-C does."""
-        self._stopping, self._drain_until = True, 0.0
-        self._end_server()
-        self.watch()
+        """End all workers at the next `watch`, as a second Ctrl-C does."""
+        self._stopping, self._drain_until, self._stop_until = True, 0.0, 0.0
 
     def finish_publishing(self, seconds: float) -> bool:
         """Let the publisher show the rest, for so long at most; returns whether MLflow shows everything.
 
-        After a drain it has what is left of the time to stop.
+        After a drain, which may come meanwhile, it has what is left of the time to stop.
         """
-        if self._stop_until is not None:
-            seconds = max(LEAST_PUBLISH_SECONDS, min(seconds, self._stop_until - time.monotonic()))
         child, self._publisher = self._publisher, None
         if child is None:
             return True
-        assert child.process.stdin is not None
-        child.process.stdin.close()
-        try:
-            code = child.process.wait(timeout=max(0.1, seconds))
-        except subprocess.TimeoutExpired:
-            _kill_group(child.process)
-            code = child.process.wait()
+        _drain(child)
+        least = time.monotonic() + LEAST_PUBLISH_SECONDS
+        until = time.monotonic() + seconds
+        while (code := child.process.poll()) is None:
+            if time.monotonic() > max(least, until if self._stop_until is None else min(until, self._stop_until)):
+                _kill_group(child.process)
+                code = child.process.wait()
+                break
+            time.sleep(_PUBLISHER_POLL_SECONDS)
         self._finish_reading(child)
         return code == 0
+
+    def _late(self) -> bool:
+        """Whether those that were asked to stop have had their time."""
+        return self._drain_until is not None and time.monotonic() > self._drain_until
 
     def _start_worker(self, options: WorkerOptions) -> _Child:
         if self._server is not None and self._server.alive:
@@ -301,9 +313,9 @@ class LocalWorkers:
             child.reader.join(timeout=5)
             if child.reader.is_alive():  # something holds the other end, and to close this one would wait for that
                 return
-        for stream in (child.process.stdin, child.process.stderr):
-            if stream is not None:
-                stream.close()
+        _drain(child)
+        if child.process.stderr is not None:
+            child.process.stderr.close()
 
     def _mark_stopped(self, pid: int) -> None:
         """Note at once that a child is gone; others need not wait for its heartbeat to grow old."""
@@ -321,6 +333,18 @@ def _environment(options: WorkerOptions | None) -> dict[str, str]:
     if threads is not None:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(threads)
     return environment
+
+
+def _drain(child: _Child) -> None:
+    """Ask a child to end what it does: its standard input ends.
+
+    Not by a signal: who stops a service signals all its processes, and a second signal ends a worker at once.
+    """
+    if not child.draining:
+        child.draining = True
+        with contextlib.suppress(BrokenPipeError):  # it died with its order unread
+            if child.process.stdin is not None:
+                child.process.stdin.close()
 
 
 def _kill_group(process: subprocess.Popen[str] | ForkedProcess) -> None:

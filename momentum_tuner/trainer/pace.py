@@ -90,7 +90,9 @@ class Pace:
             self.calibration = replace(found, compile_seconds=self.calibration.compile_seconds)
         return True
 
-    def consider_compiling(self, width: int, trial_steps: float, sharing: int = 1) -> bool:
+    def consider_compiling(
+        self, width: int, trial_steps: float, sharing: int = 1, before: Callable[[], None] = lambda: None
+    ) -> bool:
         """Compile the gradient at a width, if that is expected to save more time than it takes, and keep it if it does.
 
         One of the workers of a machine compiles; the others go on as they are, and open what it made when they are
@@ -100,6 +102,7 @@ class Pace:
             width: slots that train fused.
             trial_steps: that are left to train, about.
             sharing: workers of this machine with as much left.
+            before: called before it compiles.
 
         Returns:
             Whether that is settled for now; not if another worker is compiling.
@@ -107,14 +110,14 @@ class Pace:
         if not self.considers or not self._objective.batch_slots or width < 2:
             return True
         try:
-            return self._consider(width, trial_steps, sharing)
+            return self._consider(width, trial_steps, sharing, before)
         except Exception as error:
             logger.info("training goes on without compiled code: %s", first_line(error))
             self.considers = False
             self._objective.replay.forget_compiled()
             return True
 
-    def _consider(self, width: int, trial_steps: float, sharing: int) -> bool:
+    def _consider(self, width: int, trial_steps: float, sharing: int, before: Callable[[], None]) -> bool:
         replay = self._objective.replay
         way = Way(FUSED, width, self.threads or torch.get_num_threads())
         if way not in self.calibration.seconds or not replay.is_captured(GRADIENT):
@@ -127,6 +130,7 @@ class Pace:
             return True
         with replay.turn_to_compile(GRADIENT) as mine:
             if mine:
+                before()
                 self._compile(way, replay.keeps_compiled(GRADIENT))
         return mine
 

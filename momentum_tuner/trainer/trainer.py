@@ -113,7 +113,9 @@ class Trainer:
         """Slots that a new trial can take."""
         return self.width - len(self._slots)
 
-    def consider_compiling(self, trial_steps: float, sharing: int = 1) -> bool:
+    def consider_compiling(
+        self, trial_steps: float, sharing: int = 1, before: Callable[[], None] = lambda: None
+    ) -> bool:
         """Compile what slots do fused, if `compiles` is `auto` and what is left to train repays it.
 
         It takes a minute or so, in which nothing is trained. What it took and gained is in `calibration` afterwards.
@@ -121,11 +123,12 @@ class Trainer:
         Args:
             trial_steps: left to train in this trainer, about.
             sharing: trainers of this machine with as much left, of which one compiles for all.
+            before: called before it compiles.
 
         Returns:
             Whether that is settled for now; not if another trainer is compiling.
         """
-        return self.pace.consider_compiling(self.width, trial_steps, sharing)
+        return self.pace.consider_compiling(self.width, trial_steps, sharing, before)
 
     def slot_number(self, key: Hashable) -> int:
         """The number of the slot that a trial holds, from 0."""

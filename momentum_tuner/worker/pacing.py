@@ -68,12 +68,13 @@ class Pacing:
             torch.set_num_threads(trainer.pace.threads)
         return trainer
 
-    def consider_compiling(self, trainer: Trainer | LoopTrainer, epochs_left: int) -> None:
+    def consider_compiling(self, trainer: Trainer | LoopTrainer, epochs_left: int, before: Callable[[], None]) -> None:
         """Let the trainer compile its step if what is left of the study repays that.
 
         Args:
             trainer: of `make_trainer`.
             epochs_left: of the trials that hold its slots.
+            before: called before it compiles, which takes a minute or so.
         """
         if isinstance(trainer, LoopTrainer) or not trainer.pace.considers or time.monotonic() < self._next_look:
             return
@@ -83,5 +84,5 @@ class Pacing:
         except StorageError:
             return  # the next call of the database says so
         epochs = epochs_left + waiting * TRAINED * self._study.spec.budget.epochs
-        trainer.consider_compiling(epochs * trainer.steps_per_epoch(self._batch_size), self._options.sharing)
+        trainer.consider_compiling(epochs * trainer.steps_per_epoch(self._batch_size), self._options.sharing, before)
         self._calibrations.write(trainer.pace.calibration)

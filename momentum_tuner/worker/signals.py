@@ -8,10 +8,15 @@ from types import FrameType
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a wish to drain; the second ends the process at once."""
+    """Turns the first SIGTERM or SIGINT into a wish to drain; the second ends the process at once.
+
+    The wish may come otherwise too, and then the first signal is no second one: who stops a machine's or a service's
+    processes signals all of them, and the one that started this worker passes it on.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._signalled = False
 
     def install(self) -> None:
         """Take over both signals of this process."""
@@ -19,6 +24,6 @@ class StopSignal:
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
+        if self._signalled:
             os._exit(130)
-        self.asked = True
+        self._signalled = self.asked = True

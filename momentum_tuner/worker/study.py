@@ -116,7 +116,7 @@ class StudyWorker:
             answered = self._synchronize()
             if self.trainer.keys and (answered or self._unwritten() < MOST_UNWRITTEN):
                 if answered:
-                    self.pacing.consider_compiling(self.trainer, self._epochs_left())
+                    self.pacing.consider_compiling(self.trainer, self._epochs_left(), self._save)
                 self._train()
                 idle = 0.0
             elif self.held:
@@ -412,7 +412,12 @@ class StudyWorker:
             failed = failure(error)
             logger.error("an epoch failed: %s", failed.reason)
             for held in self._in(Stage.TRAINING):
-                if held.claim.ticket_id in self.trainer.failed:
+                if held.claim.ticket_id not in self.trainer.failed:
+                    continue
+                if self.stop.asked:  # perhaps of that: with a service's processes end those of a DataLoader
+                    self.trainer.release(held.claim.ticket_id)
+                    held.stage = Stage.RETURNING
+                else:
                     self._end(held, failed)
         self._complete()
         if any(h.last_attempt and h.claim.ticket_id in trained for h in self.held.values()):
@@ -422,6 +427,16 @@ class StudyWorker:
 
     def _pause(self) -> bool:
         return self.stop.asked or self.saver.due or (self.saver.written and self.link.may_try)
+
+    def _save(self) -> None:
+        """Have a checkpoint of what trains: who is asked to stop has less time than what comes now may take."""
+        self.saver.begin(self._in(Stage.TRAINING), self.trainer.export)
+        try:
+            self._take_recorded()
+            self._record()
+            self.saver.note(self.held, wait=True)
+        except StorageError as error:
+            self.link.failed(error)
 
     def _complete(self) -> bool:
         """End the trials that are through their budget, with their stability measured; False if a wish to drain came.

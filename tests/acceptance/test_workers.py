@@ -1,5 +1,6 @@
 """Several workers, interruptions and deaths: the budget stays exact."""
 
+import contextlib
 import json
 import os
 import re
@@ -101,6 +102,49 @@ def test_ctrl_c_gives_trials_back_and_resume_goes_on(shell, short_study):
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     assert len(runs) == 1 + 4 * TRIALS + 4 * 2
     assert {r.info.status for r in runs} <= {"FINISHED", "KILLED"}
+
+
+def held_tickets(shell) -> list[tuple]:
+    """State, attempts and whether there is a checkpoint, of the tickets that are neither done nor untouched."""
+    engine = sa.create_engine(shell.storage)
+    with engine.connect() as connection:
+        found = connection.execute(
+            sa.text(
+                "SELECT state, attempts, worker_id, checkpoint IS NOT NULL FROM tickets "
+                "WHERE state != 'done' AND generation > 0"
+            )
+        ).all()
+    engine.dispose()
+    return [tuple(row) for row in found]
+
+
+def test_a_signal_to_all_processes_at_once_gives_trials_back_too(shell, short_study):
+    """As systemd and batch systems send it."""
+    process = shell.start("run", short_study, "--workers", "2", *QUICK)
+    wait_for(shell, process, done=10)
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, out + error
+    assert "Stopping: giving trials back" in out
+    held = held_tickets(shell)
+    assert held and all(row == ("open", 0, None, 1) for row in held), held
+
+
+def test_a_second_ctrl_c_ends_all_at_once(shell, short_study):
+    process = shell.start("run", short_study, "--workers", "2", *QUICK)
+    wait_for(shell, process, done=10)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, out + error
+    assert "Traceback" not in out + error
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    shell.run("resume", "digits-mlp", *QUICK)
+    exactly_the_budget_of_each(shell)
 
 
 def test_a_killed_worker_is_replaced_and_its_trials_keep_their_numbers(shell, short_study):
