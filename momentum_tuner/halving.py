@@ -43,22 +43,28 @@ class BatchHalvingPruner(optuna.pruners.SuccessiveHalvingPruner):
         step = trial.last_step
         if step is None:
             return False
-        assert self._min_resource is not None
         value = trial.intermediate_values[step]
         rung = _get_current_rung(trial)
-        while step >= self._min_resource * self._reduction_factor ** (self._min_early_stopping_rate + rung):
+        if rung and step == self._epochs_to(rung - 1):  # who marked it may not have lived to act on the decision
+            rung -= 1
+        while step >= self._epochs_to(rung):
             if math.isnan(value):
                 return True
             key = _completed_rung_key(rung)
             reached = self._reached(study, key)
-            bisect.insort(reached, value)
-            study._storage.set_trial_system_attr(trial._trial_id, key, value)
+            if key not in trial.system_attrs:
+                bisect.insort(reached, value)
+                study._storage.set_trial_system_attr(trial._trial_id, key, value)
             # The first ones, of whom there are too few to take a share, go on if they are the best so far.
             last = max(len(reached) // self._reduction_factor, 1) - 1
             if value > reached[last] if study.direction is StudyDirection.MINIMIZE else value < reached[-1 - last]:
                 return True
             rung += 1
         return False
+
+    def _epochs_to(self, rung: int) -> int:
+        assert self._min_resource is not None
+        return int(self._min_resource * self._reduction_factor ** (self._min_early_stopping_rate + rung))
 
     def _reached(self, study: optuna.Study, key: str) -> list[float]:
         """The values at a rung, sorted."""

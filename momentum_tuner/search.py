@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from momentum_tuner.batch_tpe import BatchTPESampler, TPEMemory
-from momentum_tuner.database import UNREACHABLE, Database, engine_options, refuse_other_optuna, tune_engine
+from momentum_tuner.database import Database, engine_options, is_unreachable, refuse_other_optuna, tune_engine
 from momentum_tuner.faults import crash_point
 from momentum_tuner.halving import BatchHalvingPruner, BatchHyperbandPruner
 from momentum_tuner.simplex import SimplexSampler
@@ -244,7 +244,7 @@ class Search:
             try:
                 yield
             except optuna.exceptions.StorageInternalError as error:
-                if isinstance(error.__cause__, UNREACHABLE):
+                if error.__cause__ is not None and is_unreachable(error.__cause__):
                     raise error.__cause__ from None
                 raise
 

@@ -161,6 +161,21 @@ def test_a_statement_that_never_ends_is_cut_off(postgresql_database, monkeypatch
     assert time.monotonic() - start < 5
 
 
+def test_who_was_silent_in_a_transaction_for_too_long_finds_a_database_that_does_not_answer(
+    postgresql_database, monkeypatch
+):
+    """As a worker that was stopped there, for PostgreSQL an internal error."""
+    monkeypatch.setattr("momentum_tuner.database.engine.STATEMENT_SECONDS", 1)
+    impatient = Database(postgresql_database.text)
+    with pytest.raises(StorageError, match="idle-in-transaction timeout"), impatient.write() as session:
+        session.execute(sa.select(1))
+        time.sleep(1.5)
+        session.execute(sa.select(1))
+    with impatient.read() as session:
+        assert session.scalar(sa.select(1)) == 1
+    impatient.close()
+
+
 def test_a_connection_that_the_server_dropped_is_made_anew(postgresql_database, postgresql):
     with postgresql_database.write() as session:
         session.add(calibration(1))

@@ -76,3 +76,28 @@ def test_a_batch_is_pruned_as_optuna_prunes(sqlite_database, make_spec, name, di
     if name != "median":
         assert len({rung for _, rung in stopped}) > 1
         assert isinstance(make_pruner(spec), BatchHalvingPruner | BatchHyperbandPruner)
+
+
+@pytest.mark.parametrize("name", ["successive_halving", "hyperband"])
+def test_a_decision_whose_worker_died_is_made_again(sqlite_database, make_spec, name):
+    """The marks say that trials have reached a rung, but nobody has ended those that the pruner stopped there."""
+    spec = make_spec(
+        optimizers=["momentum"],
+        budget={"trials": 64, "epochs": EPOCHS},
+        pruner={"name": name},
+        sampler={"name": "random"},
+    )
+    searches = Search(sqlite_database, spec, 1), Search(sqlite_database, spec, 2)
+    asked = searches[0].ask_all([("momentum", ticket, None) for ticket in range(24)])
+    stopped, marks = [], []
+    for search in searches:
+        with search.batch():
+            for trial in asked:
+                search.report("momentum", trial.trial_id, 1, float(trial.number))
+            stopped.append({t.number for t in asked if search.should_prune("momentum", t.trial_id)})
+        marks.append([t.system_attrs for t in search._study("momentum").get_trials(deepcopy=False)])
+        search.close()
+    assert marks[0] == marks[1]
+    assert stopped[1] <= stopped[0]
+    assert max(stopped[0]) in stopped[1]
+    assert len(stopped[1]) > len(stopped[0]) / 2

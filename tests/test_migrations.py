@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import optuna
 import pytest
 import sqlalchemy as sa
@@ -145,6 +148,25 @@ def test_eight_processes_at_once_migrate_once(empty, race):
     assert value(empty, "SELECT count(*) FROM version_info") == 1
     assert value(empty, "SELECT count(*) FROM tuner_studies") == 8
     assert value(empty, "SELECT count(*) FROM trials") == 8
+
+
+def test_who_waits_for_another_ones_migration_has_more_patience_than_for_an_answer(postgresql, monkeypatch):
+    monkeypatch.setattr("momentum_tuner.database.engine._deadlines.seconds", 0.5)
+    url = postgresql.url(postgresql.create())
+    first, second = Database(url), Database(url)
+    with first.write() as session:
+        session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": 0x6D6F6D656E74})
+        waiting = threading.Thread(target=migrate, args=(second,))
+        waiting.start()
+        for _ in range(10):
+            time.sleep(0.2)
+            session.execute(sa.text("SELECT 1"))
+        assert waiting.is_alive()
+        assert tables(first) == set()
+    waiting.join()
+    assert tables(first) >= OURS
+    for database in (first, second):
+        database.close()
 
 
 def test_optunas_own_version_is_not_touched(empty):

@@ -12,13 +12,16 @@ import sqlalchemy as sa
 import torch
 
 from momentum_tuner import search
+from momentum_tuner.checkpoints import CheckpointStore
 from momentum_tuner.database import Epoch, Study, Ticket, Worker, database_now
 from momentum_tuner.errors import StorageError, TaskError
 from momentum_tuner.tasks import describe_data, load_task
 from momentum_tuner.tickets import Heartbeat, WorkerIdentity, claim, note_data, register_worker, stop_worker
-from momentum_tuner.trainer import SlotsOutOfMemoryError, Trainer
+from momentum_tuner.trainer import SlotsOutOfMemoryError, SlotState, Trainer
 from momentum_tuner.worker import StopSignal
+from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.pacing import Pacing
+from momentum_tuner.worker.saving import Saver
 
 from .workbench import (
     GRACE,
@@ -135,6 +138,43 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before_else_for_the_begi
     assert bench.rows(Ticket.trial_id, Ticket.trial_number) == trials
     bench.check_exact(study)
     assert bench.curves(study) == undisturbed(steps=20, epochs=6)
+
+
+def test_a_trial_that_begins_anew_is_forgiven_no_attempt_until_it_has_come_further_than_before(bench):
+    study = bench.submit(steps=20, epochs=6)
+    bench.hold_at(70, "a")
+    running = bench.start("a", checkpoint_seconds=OFTEN)
+    bench.wait_at(70)
+    running.stop.asked = True
+    bench.release("a")
+    running.join()
+    for file in (bench.checkpoints / study.checkpoint_folder).iterdir():
+        file.unlink()
+    with bench.database.write() as session:  # as if a worker had died of it
+        session.execute(sa.update(Ticket).values(attempts=1))
+    for steps, attempts in ((55, 2), (95, 1)):
+        bench.hold_at(steps, "b")
+        if steps == 55:
+            heir = bench.start("b", checkpoint_seconds=OFTEN)
+        else:
+            bench.release("b")
+        bench.wait_at(steps, "b")
+        assert all(found[0].file.split("/")[1].startswith(heir.id) for found in bench.references())
+        assert bench.rows(Ticket.attempts) == [(attempts,)] * 4
+    bench.release("b")
+    heir.join()
+    bench.check_exact(study)
+
+
+def test_a_worker_that_comes_back_to_a_study_writes_none_of_its_checkpoints_over(bench):
+    study = bench.submit()
+    store = CheckpointStore(str(bench.checkpoints))
+    held = [Held(one, Stage.TRAINING) for one in claim(bench.database, study.id, "same", 1, max_attempts=3)]
+    for _ in range(2):
+        saver = Saver(bench.database, store, study, "same", 60.0, GRACE)
+        saver.begin(held, lambda _: SlotState({"parameters": torch.ones(3)}))
+        saver.close()
+    assert len(list(store.files(study.checkpoint_folder))) == 2
 
 
 def test_old_checkpoints_are_removed_and_all_of_them_when_the_study_is_done(bench):

@@ -1,10 +1,10 @@
 """Studies, tickets and records in SQL: SQLite by default, PostgreSQL for many workers."""
 
 from momentum_tuner.database.engine import (
-    UNREACHABLE,
     Database,
     engine_options,
     insert_new,
+    is_unreachable,
     tune_engine,
 )
 from momentum_tuner.database.migrate import is_current, migrate, prepare_migration, refuse_other_optuna
@@ -21,7 +21,6 @@ from momentum_tuner.database.models import (
 )
 
 __all__ = [
-    "UNREACHABLE",
     "Base",
     "Calibration",
     "Database",
@@ -34,6 +33,7 @@ __all__ = [
     "engine_options",
     "insert_new",
     "is_current",
+    "is_unreachable",
     "migrate",
     "plain_number",
     "prepare_migration",

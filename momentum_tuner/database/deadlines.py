@@ -17,6 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+PATIENCE = "patience"
+"""An execution option of a connection whose statements may take longer: how many seconds."""
 _EVERY = 0.5
 
 
@@ -54,11 +56,12 @@ class Deadlines:
 
         @sa.event.listens_for(engine, "before_cursor_execute")
         def renew(connection: sa.Connection, *_: Any) -> None:
-            self._begin(connection.connection.dbapi_connection)
+            seconds = connection.get_execution_options().get(PATIENCE, self.seconds)
+            self._begin(connection.connection.dbapi_connection, seconds)
 
-    def _begin(self, connection: Any) -> None:
+    def _begin(self, connection: Any, seconds: float | None = None) -> None:
         with self._lock:
-            self._until[id(connection)] = time.monotonic() + self.seconds, connection
+            self._until[id(connection)] = time.monotonic() + (seconds or self.seconds), connection
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._watch, name="database deadlines", daemon=True)
                 self._thread.start()

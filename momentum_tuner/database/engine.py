@@ -20,8 +20,6 @@ from momentum_tuner.errors import MissingExtraError, StorageError, redact
 BUSY_SECONDS = 30
 STATEMENT_SECONDS = 20
 """How long the server may work on one statement."""
-UNREACHABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
-"""What SQLAlchemy raises where a database does not answer."""
 ANSWER_SECONDS = 5
 """How long a server may say nothing at all before a connection to it is tried, or kept alive, in vain."""
 
@@ -198,10 +196,10 @@ class Database:
         """
         try:
             yield
-        except UNREACHABLE as error:
-            raise StorageError(f"the database {self.shown} does not answer: {self._first_line(error)}") from error
-        except sa.exc.DatabaseError as error:
-            if "file is not a database" in str(error):
+        except sa.exc.SQLAlchemyError as error:
+            if is_unreachable(error):
+                raise StorageError(f"the database {self.shown} does not answer: {self._first_line(error)}") from error
+            if isinstance(error, sa.exc.DatabaseError) and "file is not a database" in str(error):
                 raise StorageError(f"--storage: {self.shown} is not an SQLite database") from None
             raise
 
@@ -213,6 +211,16 @@ class Database:
             if secret:
                 line = line.replace(secret, "***")
         return line
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether SQLAlchemy raised this as a database does not answer, or has ended the connection.
+
+    PostgreSQL says of a client that fell silent in a transaction that it is an internal error.
+    """
+    if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError):
+        return True
+    return isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from momentum_tuner.database.deadlines import PATIENCE
 from momentum_tuner.database.engine import Database, engine_options
 from momentum_tuner.errors import StorageError
 
@@ -33,7 +34,7 @@ def migrate(database: Database) -> None:
     if is_current(database):
         return
     with database.write() as session:
-        connection = session.connection()
+        connection = session.connection(execution_options={PATIENCE: _LOCK_SECONDS})
         if database.dialect == "postgresql":
             session.execute(sa.text(f"SET LOCAL statement_timeout = {_LOCK_SECONDS * 1000}"))
             session.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})

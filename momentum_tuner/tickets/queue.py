@@ -120,7 +120,7 @@ def claim(
         now = session.scalar(sa.select(database_now()))
         assert now is not None
         # Who claims is alive, even if its heartbeat has not come through for a while: nobody shall adopt these at once.
-        session.execute(sa.update(Worker).where(Worker.id == worker_id).values(heartbeat=now))
+        session.execute(sa.update(Worker).where(Worker.id == worker_id).values(heartbeat=now, state="running"))
         free = sa.or_(
             _claimable(worker_id, now - grace_seconds if adopt else 0.0),
             sa.and_(
@@ -144,10 +144,11 @@ def claim(
             rows += session.scalars(wanted.where(on_last_attempt).limit(1))
         rows += session.scalars(wanted.where(~on_last_attempt).limit(limit - len(rows)))
         for row in rows:
-            if row.state != "finishing" and row.attempts >= max_attempts:
+            again = row.state == "running" and row.worker_id == worker_id  # by the call whose answer was lost
+            if row.state != "finishing" and row.attempts >= max_attempts and not again:
                 row.state, row.outcome = "finishing", "failed"
                 row.reason = f"gave up after {row.attempts} attempts: each worker that trained it died"
-            elif row.state != "finishing":
+            elif row.state != "finishing" and not again:
                 row.state = "running"
                 row.attempts += 1
             row.worker_id, row.slot = worker_id, None

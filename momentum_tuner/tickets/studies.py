@@ -92,11 +92,15 @@ def list_studies(database: Database) -> list[StudyRecord]:
 
 
 def finish_study(database: Database, study_id: int) -> bool:
-    """Move a study on to `done` if none of its tickets is left; whichever worker looks first does it."""
+    """Move a study on to `done` if none of its tickets is left; whichever worker looks first does it.
+
+    Returns:
+        Whether it is done, or was deleted.
+    """
     with database.write() as session:
         row = lock_study(session, study_id)
         if row is None or row.phase == "done":
-            return row is not None
+            return True
         if tickets_left(session, study_id):
             return False
         row.phase = "done"

@@ -165,7 +165,9 @@ class Heartbeat:
             try:
                 with self._database.write() as session:
                     session.execute(
-                        sa.update(Worker).where(Worker.id == self._worker_id).values(heartbeat=database_now())
+                        sa.update(Worker)
+                        .where(Worker.id == self._worker_id)
+                        .values(heartbeat=database_now(), state="running")
                     )
                 self._note_load()
                 failing = False

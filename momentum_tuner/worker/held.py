@@ -42,7 +42,7 @@ class Held:
         recorded: what the database had of a trial that goes on, by epoch; these records hold.
         reported: the rungs at which it has reported to Optuna.
         judged: the epoch after which the pruner was last asked.
-        position: epochs, and steps of the next one, at which it took its slot.
+        position: epochs, and steps of the next one, to which it came before it took its slot.
         references: its checkpoints, newest first.
         result: what became of it.
         asked: whether Optuna may have been asked already.

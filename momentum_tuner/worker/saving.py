@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +25,15 @@ from momentum_tuner.worker.held import Held, Stage
 
 logger = logging.getLogger(__name__)
 
+_NUMBERS = itertools.count(1)
+"""Of all files of this process: it may come back to a study, where tickets still refer to what it wrote before."""
 KEPT = 2
 """Checkpoints of a trial: the newest, and one to fall back on."""
 
 
 @dataclass(frozen=True)
 class _Writing:
-    """A checkpoint on its way: whose trials are in it, and whether each has come further than where it began."""
+    """A checkpoint on its way: whose trials are in it, and whether each has come further than ever before."""
 
     further: Mapping[int, bool]
     file: Future[Reference]
@@ -64,7 +67,6 @@ class Saver:
         self._worker_id = worker_id
         self._seconds = seconds
         self._grace_seconds = grace_seconds
-        self._count = 0
         self._next = time.monotonic() + seconds
         self._writing: _Writing | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -104,8 +106,7 @@ class Saver:
             state = export(one.claim.ticket_id)
             slots[one.claim.ticket_id] = SavedSlot(state.tensors, state.header())
             further[one.claim.ticket_id] = (state.epoch, state.epoch_steps) > one.position
-        self._count += 1
-        name = f"{self._folder}/{self._worker_id}-{self._count}.safetensors"
+        name = f"{self._folder}/{self._worker_id}-{next(_NUMBERS)}.safetensors"
         self._writing = _Writing(further, self._writer.submit(self._store.save, name, slots))
 
     def note(self, held: Mapping[int, Held], wait: bool = False) -> None:

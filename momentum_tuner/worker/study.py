@@ -354,6 +354,7 @@ class StudyWorker:
         """Give a trial a slot, from its checkpoint if that fits."""
         try:
             if saved is None or not self._continue(held, saved):
+                held.position = (max(held.recorded, default=0), 0)  # what others came to, it only repeats
                 record = self.trainer.admit(held.claim.ticket_id, trial_settings(held.claim))
                 assert record is not None
                 held.add(record)
