@@ -13,9 +13,13 @@ from momentum_tuner.tickets import StudyRecord, find_study
 EPOCH_STEPS = 100
 
 
+def _epoch_steps(settings: Mapping[str, Any]) -> int:
+    return int(EPOCH_STEPS * 64 // settings["batch_size"])
+
+
 @dataclass
 class Recorded:
-    """A study whose trials are written by hand; every epoch has 100 steps.
+    """A study whose trials are written by hand; an epoch has 100 steps of 64 examples.
 
     Args:
         database: where to.
@@ -61,7 +65,7 @@ class Recorded:
         if dampening is not None:
             settings["dampening"] = dampening
         kind = "search" if optimizer in self.spec.optimizers else "reference"
-        steps = EPOCH_STEPS * self.spec.budget.epochs * 64 // batch_size
+        steps = _epoch_steps(settings) * self.spec.budget.epochs
         self._add(optimizer, kind, 0, settings, outcome, value, {"steps": steps, **measures}, ())
         return settings
 
@@ -77,15 +81,16 @@ class Recorded:
     ) -> None:
         """Add a confirmation trial with the validation losses of epochs 0, 1, ...; a diverged one ends in its last."""
         rows = []
+        epoch_steps = _epoch_steps(settings)
         for epoch, loss in enumerate(losses):
             last = outcome == "diverged" and epoch == len(losses) - 1
             rows.append(
                 {
                     "epoch": epoch,
-                    "step": EPOCH_STEPS * epoch - (50 if last else 0),
+                    "step": epoch_steps * epoch - (50 if last else 0),
                     "recorded_at": 0.0,
                     "valid_loss": loss,
-                    "diverged_at_step": EPOCH_STEPS * epoch - 50 if last else None,
+                    "diverged_at_step": epoch_steps * epoch - 50 if last else None,
                     "metrics": {} if accuracies is None else {"accuracy": accuracies[epoch]},
                 }
             )
@@ -100,7 +105,7 @@ class Recorded:
         """Add confirmation trials whose loss falls from 1 and is 0.5 after so many steps; None never falls."""
         epochs = self.spec.budget.epochs
         for seed, reached in steps.items():
-            falls = 0.0 if reached is None else 0.5 * EPOCH_STEPS / reached
+            falls = 0.0 if reached is None else 0.5 * _epoch_steps(settings) / reached
             self.confirm(optimizer, settings, seed, [1.0 - falls * epoch for epoch in range(epochs + 1)], **more)
 
     def _add(

@@ -123,6 +123,26 @@ def test_the_whole_comparison_is_readable_at_80_columns(study):
     assert sum(v.startswith("no difference shown with 10 seeds") for v in verdicts) == 1
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "unit", "order"), [(64, "steps", ["sgd", "momentum_0.9"]), (16, "epochs", ["momentum_0.9", "sgd"])]
+)
+def test_the_unit_of_speed_is_named_wherever_speeds_are_shown(sqlite_database, make_spec, batch_size, unit, order):
+    made = Recorded(sqlite_database, make_spec(optimizers=["sgd", "momentum_0.9"], target=0.5, confirm={"seeds": 10}))
+    made.reach("sgd", made.search("sgd", 0.3), {s: 100.0 + s % 2 / 4 for s in SEEDS})
+    large = made.search("momentum_0.9", 0.3, batch_size=batch_size)
+    made.reach("momentum_0.9", large, {s: 240.0 + s for s in SEEDS})
+    text = printed(print_comparison, compare_study(made.database, made.record))
+    assert f"{unit} to target, the first over the second" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[:7] if line.split()}
+    assert rows["learning"] == ["learning", unit, "to", "best"]
+    assert {o: rows[o][3] for o in rows if o in order} == {
+        "sgd": "100.1" if unit == "steps" else "1.001",
+        "momentum_0.9": "244.5" if unit == "steps" else "0.6112",
+    }
+    assert [o for o in rows if o in order] == order
+    assert ("so speed is compared in epochs" in " ".join(text.split())) == (unit == "epochs")
+
+
 def test_compare_prints_the_verdicts_and_the_notes(study):
     found = compare_study(study.database, study.record)
     result = CliRunner().invoke(cli, ["compare", "digits-mlp", "--storage", study.database.text])

@@ -45,12 +45,12 @@ such trials by 0.95 and 1.06.
 
 
 def log_steps(optimizer):
-    return np.log(counted_steps(DIGITS_MLP[optimizer], BUDGET))
+    return np.log(counted_steps(DIGITS_MLP[optimizer], BUDGET, BUDGET))
 
 
-def raced(name, steps, budget=BUDGET, **measures):
+def raced(name, steps, budget=BUDGET, common=BUDGET, **measures):
     trials = {seed: ConfirmedTrial(seed, seed, False, 0.0, measures) for seed in range(len(steps))}
-    return Raced(name, budget, trials, dict(enumerate(steps)))
+    return Raced(name, budget, common, trials, dict(enumerate(steps)))
 
 
 # Calibration
@@ -83,7 +83,7 @@ def test_the_interval_of_ten_seeds_covers_a_true_ratio_of_1_3_in_at_least_90_per
     steps = np.exp(log_steps(optimizer))
     covered = 0
     for _ in range(200):
-        found = speed_ratio(draws.choice(steps, 10), 1.3 * draws.choice(steps, 10), (BUDGET, round(1.3 * BUDGET)))
+        found = speed_ratio(draws.choice(steps, 10), 1.3 * draws.choice(steps, 10), round(1.3 * BUDGET))
         covered += found.low <= 1.0 / 1.3 <= found.high
     assert 180 <= covered < 200
 
@@ -215,12 +215,16 @@ def test_holm_multiplies_the_smallest_by_all_the_next_by_one_fewer_and_keeps_the
 
 
 def test_a_miss_counts_as_twice_the_budget_and_steps_count_from_1():
-    assert counted_steps([120.5, None, 0.0], 440).tolist() == [120.5, 880.0, 1.0]
+    assert counted_steps([120.5, None, 0.0], 440, 440).tolist() == [120.5, 880.0, 1.0]
+
+
+def test_steps_of_a_smaller_budget_count_as_the_same_part_of_the_common_one():
+    assert counted_steps([11.0, 44.0, None, 0.0], 44, 440).tolist() == [110.0, 440.0, 880.0, 1.0]
 
 
 def test_the_ratio_is_the_geometric_mean_of_the_seeds_ratios():
     a, b = np.array([100.0, 200.0, 50.0]), np.array([200.0, 200.0, 400.0])
-    found = speed_ratio(a, b, (440, 440))
+    found = speed_ratio(a, b, 440)
     assert found.ratio == pytest.approx((0.5 * 1.0 * 0.125) ** (1 / 3))
     assert geometric_mean(a) / geometric_mean(b) == pytest.approx(found.ratio)
     assert found.low <= found.ratio <= found.high
@@ -240,16 +244,27 @@ def test_the_smallest_ratio_shrinks_with_the_spread_and_grows_with_seeds():
 
 
 def test_a_seed_that_both_miss_is_a_tie_also_where_their_budgets_differ():
-    found = speed_ratio(np.array([880.0, 100.0]), np.array([1760.0, 200.0]), (440, 880))
-    assert found.ratio == pytest.approx(math.sqrt(1.0 * 0.5))
-    nobody = speed_ratio(np.full(10, 880.0), np.full(10, 1760.0), (440, 880))
+    (pair,) = compare_pairs([raced("a", [None, 110.0], 440, 880), raced("b", [None, 440.0], 880, 880)])
+    assert (pair.a, pair.speed_ratio) == ("a", pytest.approx(math.sqrt(1.0 * 0.5)))
+    nobody = speed_ratio(np.full(10, 880.0), np.full(10, 880.0), 440)
     assert (nobody.ratio, nobody.low, nobody.high, nobody.p, nobody.smallest) == (1.0, 1.0, 1.0, 1.0, None)
 
 
 def test_rounding_between_equal_trials_is_no_difference():
     steps = np.full(10, 123.0)
-    found = speed_ratio(steps, steps * (1 + 1e-9), (440, 440))
+    found = speed_ratio(steps, steps * (1 + 1e-9), 440)
     assert (found.ratio, found.low, found.high, found.p) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_miss_is_worse_than_any_hit_however_few_steps_its_budget_has():
+    small = raced("small", [98.0, 107.8, 149.1, 72.6, 146.1, 97.4], 356, 356)
+    large = raced("large", [None, 17.5, None, 17.8, 27.8, 43.3], 44, 356)
+    (pair,) = compare_pairs([large, small])
+    parts = [2.0, 17.5 / 44, 2.0, 17.8 / 44, 27.8 / 44, 43.3 / 44]
+    others = [98.0 / 356, 107.8 / 356, 149.1 / 356, 72.6 / 356, 146.1 / 356, 97.4 / 356]
+    assert (pair.a, pair.b) == ("small", "large")
+    assert pair.speed_ratio == pytest.approx(math.prod(others) ** (1 / 6) / math.prod(parts) ** (1 / 6))
+    assert pair.verdict == "small is 2.82x faster than large (6 seeds)"
 
 
 # Words
@@ -326,7 +341,7 @@ def test_stability_differences_are_paired_over_the_seeds_that_have_the_measure()
         1: trial(1, False, spikes=1, oscillation=0.2),
     }
     steps = dict.fromkeys(range(3), 50.0)
-    (pair,) = compare_pairs([Raced("a", 440, a, steps), Raced("b", 440, b, steps)])
+    (pair,) = compare_pairs([Raced("a", 440, 440, a, steps), Raced("b", 440, 440, b, steps)])
     found = {d.measure: d for d in pair.stability}
     assert list(found) == ["oscillation", "spikes", "divergence_rate"]
     assert found["spikes"].value == pytest.approx((3 + 1 - 1) / 3)

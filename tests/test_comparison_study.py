@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from momentum_tuner.comparison import compare_study
+from momentum_tuner.comparison import compare_study, performance_profile
 from momentum_tuner.comparison.statistics import sign_flip_p
 from momentum_tuner.database import Study, Ticket
 from momentum_tuner.tickets import best_settings
@@ -397,17 +397,59 @@ def test_the_phase_is_that_of_the_database_now(make_study):
     assert compare_study(study.database, before).phase == "done"
 
 
-def test_different_batch_sizes_are_noted_and_each_misses_at_twice_its_own_budget(make_study):
+def test_different_batch_sizes_are_compared_in_epochs_and_each_misses_at_twice_its_own_budget(make_study):
     study = make_study(confirm={"seeds": 1})
     sgd = study.search("sgd", 0.3, batch_size=32)
     study.reach("sgd", sgd, {1: None})
     study.reach("momentum_0.9", study.search("momentum_0.9", 0.3, batch_size=64), {1: None})
     found = compare_study(study.database, study.record)
-    assert {c.optimizer: c.steps_to_target for c in found.optimizers} == pytest.approx(
-        {"sgd": 4000.0, "momentum_0.9": 2000.0}
-    )
+    assert found.unit == "epochs"
+    assert {c.optimizer: (c.budget_steps, c.steps_to_target, c.epochs_to_target) for c in found.optimizers} == {
+        "sgd": (2000, pytest.approx(4000.0), pytest.approx(20.0)),
+        "momentum_0.9": (1000, pytest.approx(2000.0), pytest.approx(20.0)),
+    }
     assert found.pairs[0].verdict == "no difference shown with 1 seed"
-    assert any("best batch sizes are 32 (sgd), 64 (momentum_0.9)" in note for note in found.notes)
+    assert (
+        "a step is not the same work for all: their best batch sizes are 32 (sgd), 64 (momentum_0.9), so speed is "
+        "compared in epochs"
+    ) in found.notes
+
+
+def test_with_large_batches_missing_the_target_is_not_faster_than_reaching_it_with_small_ones(make_study):
+    study = make_study(budget={"trials": 1, "epochs": 4}, confirm={"seeds": 6})
+    small = dict(enumerate([440.0, 480.0, 670.0, 330.0, 660.0, 440.0]))  # of 1,600 steps
+    large = dict(enumerate([None, 80.0, None, 81.0, 126.0, 197.0]))  # of 200
+    study.reach("sgd", study.search("sgd", 0.3, batch_size=16), small)
+    study.reach("momentum_0.9", study.search("momentum_0.9", 0.3, batch_size=128), large)
+    found = compare_study(study.database, study.record)
+    assert [c.optimizer for c in found.optimizers] == ["sgd", "momentum_0.9"]
+    first, second = found.optimizers
+    assert (found.to_target(first), found.to_target(second)) == (first.epochs_to_target, second.epochs_to_target)
+    assert first.epochs_to_target == pytest.approx(geometric_mean([s / 400 for s in small.values()]))
+    assert second.epochs_to_target == pytest.approx(geometric_mean([8, 1.6, 8, 1.62, 2.52, 3.94]))
+    (pair,) = found.pairs
+    assert (pair.a, pair.speed_ratio) == ("sgd", pytest.approx(first.epochs_to_target / second.epochs_to_target))
+    factors = {line.optimizer: line.factors["digits-mlp"] for line in performance_profile([found]).lines}
+    assert factors == {"sgd": 1.0, "momentum_0.9": pytest.approx(1.0 / pair.speed_ratio)}
+
+
+def test_a_target_that_all_untrained_models_reach_is_a_tie_whatever_the_batch_size(make_study):
+    study = make_study(target=2.0, confirm={"seeds": 2})
+    study.reach("sgd", study.search("sgd", 0.3, batch_size=16), {1: 300.0, 2: 400.0})
+    study.reach("momentum_0.9", study.search("momentum_0.9", 0.3), {1: 200.0, 2: 300.0})
+    (pair,) = compare_study(study.database, study.record).pairs
+    assert pair.speed_ratio == 1.0
+
+
+def test_equal_budgets_are_compared_in_steps_also_where_the_batch_sizes_are_searched(make_study):
+    study = make_study(confirm={"seeds": 2})
+    study.reach("sgd", study.search("sgd", 0.3, batch_size=32), {1: 300.0, 2: 500.0})
+    study.reach("momentum_0.9", study.search("momentum_0.9", 0.3, batch_size=32), {1: 200.0, 2: 400.0})
+    found = compare_study(study.database, study.record)
+    assert (found.unit, found.budget["steps"]) == ("steps", 2000)
+    assert [found.to_target(c) for c in found.optimizers] == [c.steps_to_target for c in found.optimizers]
+    assert found.optimizers[0].epochs_to_target == pytest.approx(geometric_mean([200, 400]) / 200)
+    assert not any("epochs" in note for note in found.notes)
 
 
 def test_seeds_that_all_give_the_same_are_noted(make_study):

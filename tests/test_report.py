@@ -71,6 +71,30 @@ def test_a_finished_study_has_every_section_every_figure_its_data_and_every_tria
     assert len(page) < 5_000_000
 
 
+def test_a_report_of_different_batch_sizes_shows_speed_in_epochs(database, make_spec, tmp_path):
+    spec = make_spec(
+        optimizers=["sgd", "momentum_0.9"],
+        space={"batch_size": [16, 64]},
+        budget={"trials": 1, "epochs": 4},
+        confirm={"seeds": 8},
+        target=0.5,
+    )
+    study = Recorded(database, spec)
+    study.reach("sgd", study.search("sgd", 0.3, batch_size=16), {s: 400.0 + 8 * s for s in range(8)})
+    large = study.search("momentum_0.9", 0.4)
+    study.reach("momentum_0.9", large, {s: None if s == 7 else 200.0 + s for s in range(8)})
+    page = written(database, spec.name, tmp_path)
+    assert "sgd reaches the target in fewer epochs than momentum_0.9." in page
+    assert ">ratio of epochs</th>" in page and ">epochs to target</th>" in page
+    assert "so speed is compared in epochs" in page
+    figure = data_of(page)["figures"]["steps-to-target"]
+    shown = {trace["name"]: trace["x"] for trace in figure["data"] if trace["type"] == "scatter"}
+    assert shown["sgd, reached"] == pytest.approx([1.0 + 0.02 * s for s in range(8)])
+    assert shown["momentum_0.9, reached"] == pytest.approx([2.0 + 0.01 * s for s in range(7)])
+    assert shown["momentum_0.9, missed"] == [8.0]
+    assert figure["layout"]["xaxis"]["title"]["text"] == "epochs to target"
+
+
 def test_a_report_loads_nothing(finished, tmp_path):
     page = written(finished, "bowl", tmp_path)
     assert "default-src &#39;none&#39;" in page

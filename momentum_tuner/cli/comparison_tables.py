@@ -32,7 +32,7 @@ def print_comparison(out: Console, comparison: Comparison) -> None:
     """The whole comparison of one study; it fits 80 columns."""
     print_contestants(out, comparison)
     if comparison.pairs:
-        out.print(pairs_table(comparison.pairs))
+        out.print(pairs_table(comparison))
     if comparison.front:
         out.print(front_table(comparison.front))
     if any(c.seeds for c in comparison.optimizers):
@@ -48,7 +48,7 @@ def print_verdict(out: Console, comparison: Comparison) -> None:
     """Who is faster, and how sure that is: what a run ends in."""
     print_contestants(out, comparison)
     if comparison.pairs:
-        out.print(pairs_table(comparison.pairs))
+        out.print(pairs_table(comparison))
     _print_notes(out, comparison)
 
 
@@ -77,7 +77,7 @@ def contestants_table(comparison: Comparison) -> Table:
     """Each contestant's setting, and how soon and how often it reached the target."""
     table = plain_table(f"{comparison.study}: best settings, the fastest first")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("learning\nrate", "momentum", "steps to\ntarget", "missed", "diverged", "best\nloss"):
+    for name in ("learning\nrate", "momentum", f"{comparison.unit} to\ntarget", "missed", "diverged", "best\nloss"):
         table.add_column(name, justify="right")
     uneven = any(c.seeds != comparison.budget["seeds"] for c in comparison.optimizers)
     if uneven:
@@ -87,7 +87,7 @@ def contestants_table(comparison: Comparison) -> Table:
             c.optimizer,
             f"{c.learning_rate:.4g}",
             "-" if c.momentum is None else short_momentum(c.momentum),
-            number(c.steps_to_target),
+            number(comparison.to_target(c)),
             _percent(c.miss_rate),
             _percent(c.divergence_rate),
             number(c.best_valid_loss),
@@ -96,14 +96,14 @@ def contestants_table(comparison: Comparison) -> Table:
     return table
 
 
-def pairs_table(pairs: Sequence[Pair]) -> Table:
+def pairs_table(comparison: Comparison) -> Table:
     """Speed ratios, with the verdict in words."""
-    table = plain_table("steps to target, the first over the second, on the same seeds")
+    table = plain_table(f"{comparison.unit} to target, the first over the second, on the same seeds")
     table.add_column("pair")
     for name in ("ratio", "95% interval", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict")
-    for pair in pairs:
+    for pair in comparison.pairs:
         interval = f"{pair.low:.3g} to {pair.high:.3g}"
         table.add_row(_names(pair), f"{pair.speed_ratio:.3g}", interval, f"{pair.p:.2g}", pair.verdict)
     return table

@@ -77,10 +77,21 @@ def notes_on(
     if target is None and spec.confirm.seeds and any(c.trials for c in confirmed.values()):
         yield f"there is no target yet: it comes from the confirmation of {spec.reference}, which has no result"
     yield from _on_the_race(spec, raced)
+    yield from _on_the_work(confirmed)
+
+
+def _on_the_work(confirmed: Mapping[str, Confirmation]) -> Iterator[str]:
     sizes = {o: c.best.settings.get(BATCH_SIZE) for o, c in confirmed.items()}
+    budgets = {o: c.best.measures["steps"] for o, c in confirmed.items()}
+    in_epochs = "" if len(set(budgets.values())) == 1 else ", so speed is compared in epochs"
     if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{size} ({optimizer})" for optimizer, size in sizes.items())
-        yield f"a step is not the same work for all: their best batch sizes are {listed}"
+        yield f"a step is not the same work for all: their best batch sizes are {_listed(sizes)}{in_epochs}"
+    elif in_epochs:
+        yield f"a step is not the same work for all: their budgets are {_listed(budgets)} steps{in_epochs}"
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{value} ({optimizer})" for optimizer, value in values.items())
 
 
 def _on_the_search(spec: StudySpec, counted: Tally, confirmed: Mapping[str, Confirmation]) -> Iterator[str]:

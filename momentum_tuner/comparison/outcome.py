@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from momentum_tuner.database import plain_number
 
@@ -19,8 +19,10 @@ class Contestant:
         momentum: of the setting; 0 for plain SGD, None for an optimizer that has none.
         settings: all its hyperparameters.
         trial: the search trial that found it.
+        budget_steps: optimizer steps of a whole trial of the setting.
         seeds: confirmation trials that have ended in a result.
         steps_to_target: geometric mean over seeds, in optimizer steps; a miss counts as twice the budget's steps.
+        epochs_to_target: the same in epochs, which are the same work whatever the batch size.
         miss_rate: share of seeds that never reached the target.
         divergence_rate: share of seeds that diverged.
         best_valid_loss: mean over seeds of each trial's smallest validation loss; of the untrained model for one that
@@ -41,8 +43,10 @@ class Contestant:
     momentum: float | None
     settings: Mapping[str, Any]
     trial: int
+    budget_steps: int
     seeds: int
     steps_to_target: float | None
+    epochs_to_target: float | None
     miss_rate: float | None
     divergence_rate: float | None
     best_valid_loss: float | None
@@ -75,7 +79,8 @@ class Pair:
         a: the one that is faster, or equal.
         b: the other.
         seeds: how many both have.
-        speed_ratio: geometric mean over seeds of steps_to_target(a) / steps_to_target(b); below 1, a is faster.
+        speed_ratio: geometric mean over seeds of steps_to_target(a) / steps_to_target(b), of epochs where that is the
+            comparison's unit; below 1, a is faster.
         low: lower end of its 95% interval.
         high: upper end.
         p: of the paired sign-flip permutation test, Holm-corrected over the pairs.
@@ -126,11 +131,13 @@ class Comparison:
         target_metric: of which measure, such as `valid_loss`.
         maximize: whether the target is reached from below.
         reference: the textbook contestant that `auto` targets come from.
-        budget: `trials`, `epochs`, `seeds` and `steps` of each contestant: equal for all.
+        budget: `trials`, `epochs` and `seeds` of each contestant, equal for all; `steps`, the most that one has.
         optimizers: the contestants, the fastest first.
         pairs: all pairs, in the order of the contestants.
         notes: what a reader must know to trust the numbers, such as a contestant that has no completed trial.
         front: with two aims each optimizer's Pareto front; the first of an optimizer is what was confirmed.
+        unit: what speed is compared in: `epochs` where the contestants' budgets differ in steps, as with a searched
+            batch size, so that a step is not the same work for all.
     """
 
     study: str
@@ -144,6 +151,11 @@ class Comparison:
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
     front: tuple[FrontPoint, ...] = ()
+    unit: Literal["steps", "epochs"] = "steps"
+
+    def to_target(self, contestant: Contestant) -> float | None:
+        """How much a contestant needs to reach the target, in the unit that speed is compared in."""
+        return contestant.epochs_to_target if self.unit == "epochs" else contestant.steps_to_target
 
     def flat(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from momentum_tuner.comparison.confirmation import ConfirmedTrial
 from momentum_tuner.comparison.outcome import Difference, Pair
 from momentum_tuner.comparison.statistics import (
     SIGNIFICANCE,
+    Array,
     SpeedRatio,
     counted_steps,
     holm,
@@ -27,15 +28,21 @@ class Raced:
 
     Attributes:
         optimizer: the contestant.
-        budget_steps: the steps of a whole budget.
+        budget_steps: the steps of its whole budget.
+        common_steps: the largest such budget of all contestants, in which their speeds are compared.
         trials: its confirmation trials by seed.
         steps: steps to target by seed; None for a miss.
     """
 
     optimizer: str
     budget_steps: int
+    common_steps: int
     trials: Mapping[int, ConfirmedTrial]
     steps: Mapping[int, float | None]
+
+    def counted(self, seeds: Iterable[int]) -> Array:
+        """Steps to target of these seeds, `[seeds]`, as parts of the common budget."""
+        return counted_steps([self.steps[seed] for seed in seeds], self.budget_steps, self.common_steps)
 
 
 def compare_pairs(raced: Sequence[Raced]) -> tuple[Pair, ...]:
@@ -104,11 +111,7 @@ def times(factor: float) -> str:
 
 
 def _speed(a: Raced, b: Raced, seeds: Sequence[int]) -> SpeedRatio:
-    return speed_ratio(
-        counted_steps([a.steps[seed] for seed in seeds], a.budget_steps),
-        counted_steps([b.steps[seed] for seed in seeds], b.budget_steps),
-        (a.budget_steps, b.budget_steps),
-    )
+    return speed_ratio(a.counted(seeds), b.counted(seeds), a.common_steps)
 
 
 def _stability(a: Raced, b: Raced, seeds: Sequence[int]) -> tuple[Difference, ...]:

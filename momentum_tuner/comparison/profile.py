@@ -24,7 +24,8 @@ class ProfileLine:
     Attributes:
         optimizer: the contestant.
         studies: in how many studies it was confirmed.
-        factors: by study, its steps to target over those of the fastest there; infinite for a miss.
+        factors: by study, its steps to target (epochs where that is the study's unit) over those of the fastest there;
+            infinite for a miss.
         shares: for each tau, the share of its studies in which it is within that factor of the fastest.
         score: mean of the share over tau from 1 to 4; 1 is the fastest everywhere.
     """
@@ -59,13 +60,15 @@ class Profile:
 def performance_profile(comparisons: Sequence[Comparison]) -> Profile:
     """The share of studies in which a contestant is within a factor tau of the fastest, for tau from 1 to 4.
 
-    The time of a contestant in a study is its geometric mean of steps to target over the confirmation seeds. Where it
-    misses the target with half of the seeds or more it counts as infinite: the median seed never got there. A study
-    that does not have a contestant does not count for it; one that nobody solved counts for all that are in it.
+    The time of a contestant in a study is its geometric mean of steps to target over the confirmation seeds, of epochs
+    where a step is not the same work for all. Where it misses the target with half of the seeds or more it counts as
+    infinite: the median seed never got there. A study that does not have a contestant does not count for it; one that
+    nobody solved counts for all that are in it.
     """
     factors: dict[str, dict[str, float]] = {}
     for comparison in comparisons:
-        times = {c.optimizer: _time(c) for c in comparison.optimizers if c.steps_to_target is not None}
+        needed = [(c, comparison.to_target(c)) for c in comparison.optimizers]
+        times = {c.optimizer: _time(c, found) for c, found in needed if found is not None}
         fastest = min(times.values(), default=math.inf)
         for optimizer, time in times.items():
             found = time / fastest if math.isfinite(time) else math.inf
@@ -85,6 +88,6 @@ def performance_profile(comparisons: Sequence[Comparison]) -> Profile:
     return Profile(tuple(c.study for c in comparisons), tuple(taus.tolist()), tuple(lines))
 
 
-def _time(contestant: Contestant) -> float:
+def _time(contestant: Contestant, needed: float) -> float:
     missed = contestant.miss_rate is not None and contestant.miss_rate >= _MOST_MISSES
-    return math.inf if missed or contestant.steps_to_target is None else contestant.steps_to_target
+    return math.inf if missed else needed

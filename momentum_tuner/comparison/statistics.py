@@ -58,12 +58,20 @@ class SpeedRatio:
     smallest: float | None
 
 
-def counted_steps(steps: Sequence[float | None], budget_steps: int) -> Array:
-    """Steps to target, `[seeds]`, where a miss (None) counts as twice the budget.
+def counted_steps(steps: Sequence[float | None], budget_steps: int, common_steps: int) -> Array:
+    """Steps to target, `[seeds]`, as parts of a common budget, where a miss (None) counts as twice that budget.
 
-    Steps are counted from 1, so a target that the untrained model reaches counts as 1.
+    Contestants of different batch sizes have different budgets of steps for the same work: what one reaches after half
+    of its budget counts as half of the common one, so that a miss counts as worse than any hit, whoever's it is. Steps
+    are counted from 1, so a target that the untrained model reaches counts as 1.
+
+    Args:
+        steps: of one contestant, in its own steps.
+        budget_steps: its budget.
+        common_steps: the budget that all are counted in: the largest of theirs.
     """
-    return np.array([2.0 * budget_steps if s is None else max(s, 1.0) for s in steps], dtype=np.float64)
+    scale = common_steps / budget_steps
+    return np.array([2.0 * common_steps if s is None else max(s * scale, 1.0) for s in steps], dtype=np.float64)
 
 
 def geometric_mean(values: Array) -> float:
@@ -71,18 +79,19 @@ def geometric_mean(values: Array) -> float:
     return math.exp(float(np.log(values).mean()))
 
 
-def speed_ratio(a: Array, b: Array, budget_steps: tuple[int, int]) -> SpeedRatio:
-    """Compare two contestants' steps to target, seed by seed; a seed that both miss is a tie, whatever their budgets.
+def speed_ratio(a: Array, b: Array, common_steps: int) -> SpeedRatio:
+    """Compare two contestants' steps to target, seed by seed; a seed that both miss is a tie.
 
     Args:
         a: `[seeds]` of `counted_steps`, at least one.
         b: the same seeds of the other contestant.
-        budget_steps: the budgets of the two; no ratio can be outside what they allow.
+        common_steps: the budget that both are counted in; no ratio can be outside what it allows.
     """
-    neither = (a >= 2.0 * budget_steps[0]) & (b >= 2.0 * budget_steps[1])
+    neither = (a >= 2.0 * common_steps) & (b >= 2.0 * common_steps)
     logs = np.log(a) - np.log(b)
     logs[neither | (np.abs(logs) < _ROUNDING)] = 0.0
-    least, most = -math.log(2.0 * budget_steps[1]), math.log(2.0 * budget_steps[0])
+    most = math.log(2.0 * common_steps)
+    least = -most
     interval = mean_interval(logs, least, most)
     smallest = None if neither.all() else smallest_difference(logs)
     return SpeedRatio(

@@ -41,13 +41,13 @@ def compare_study(database: Database, study: StudyRecord) -> Comparison:
     if spec.target == "auto" and spec.reference is not None:
         target = auto_target(curves.get(spec.reference, {}), metric, maximize)
     raced = {} if target is None else _race(confirmed, curves, target, metric, maximize)
-    steps = {optimizer: _mean_steps(r) for optimizer, r in raced.items()}
-    # Where steps do not decide, the objective of the search does: the order of `confirmed`.
-    ranked = sorted(confirmed, key=lambda optimizer: steps.get(optimizer, math.inf))
+    speeds = {optimizer: geometric_mean(r.counted(r.steps)) for optimizer, r in raced.items()}
+    # Where speed does not decide, the objective of the search does: the order of `confirmed`.
+    ranked = sorted(confirmed, key=lambda optimizer: speeds.get(optimizer, math.inf))
     raced = {optimizer: raced[optimizer] for optimizer in ranked if optimizer in raced}
     budget = {"trials": spec.budget.trials, "epochs": spec.budget.epochs, "seeds": spec.confirm.seeds}
     if confirmed:
-        budget["steps"] = max(_budget_steps(c) for c in confirmed.values())
+        budget["steps"] = _common_steps(confirmed)
     return Comparison(
         study=study.name,
         phase=counted.phase,
@@ -60,6 +60,7 @@ def compare_study(database: Database, study: StudyRecord) -> Comparison:
         pairs=compare_pairs(list(raced.values())),
         notes=tuple(notes_on(spec, counted, confirmed, raced, target)),
         front=tuple(_front_point(study, best) for best in settings if best.second_objective is not None),
+        unit="epochs" if len({_budget_steps(c) for c in confirmed.values()}) > 1 else "steps",
     )
 
 
@@ -108,6 +109,10 @@ def _budget_steps(confirmation: Confirmation) -> int:
     return int(confirmation.best.measures["steps"])
 
 
+def _common_steps(confirmed: Mapping[str, Confirmation]) -> int:
+    return max(_budget_steps(c) for c in confirmed.values())
+
+
 def _race(
     confirmed: Mapping[str, Confirmation], curves: Curves, target: float, metric: str, maximize: bool
 ) -> dict[str, Raced]:
@@ -116,6 +121,7 @@ def _race(
         optimizer: Raced(
             optimizer=optimizer,
             budget_steps=_budget_steps(confirmation),
+            common_steps=_common_steps(confirmed),
             trials=confirmation.trials,
             steps={
                 seed: steps_to_target(records, target, metric, maximize) for seed, records in curves[optimizer].items()
@@ -126,10 +132,6 @@ def _race(
     }
 
 
-def _mean_steps(raced: Raced) -> float:
-    return geometric_mean(counted_steps(list(raced.steps.values()), raced.budget_steps))
-
-
 def _contestant(database: Database, study: StudyRecord, confirmation: Confirmation, raced: Raced | None) -> Contestant:
     best = confirmation.best
     objective = study.spec.objective
@@ -137,6 +139,10 @@ def _contestant(database: Database, study: StudyRecord, confirmation: Confirmati
     trials = list(confirmation.trials.values())
     search = search_trials(database, study, best.optimizer)
     values = [t.value for t in trials if t.value is not None]
+    steps, epochs = None, None
+    if raced is not None:
+        steps = geometric_mean(counted_steps(list(raced.steps.values()), raced.budget_steps, raced.budget_steps))
+        epochs = geometric_mean(raced.counted(raced.steps)) * study.spec.budget.epochs / raced.common_steps
     losses = [t.measures.get("initial_valid_loss" if t.diverged else "best_valid_loss") for t in trials]
     return Contestant(
         optimizer=best.optimizer,
@@ -144,8 +150,10 @@ def _contestant(database: Database, study: StudyRecord, confirmation: Confirmati
         momentum=momentum_of(best.optimizer, best.settings),
         settings=best.settings,
         trial=best.trial,
+        budget_steps=_budget_steps(confirmation),
         seeds=len(trials),
-        steps_to_target=None if raced is None else _mean_steps(raced),
+        steps_to_target=steps,
+        epochs_to_target=epochs,
         miss_rate=None if raced is None else float(np.mean([s is None for s in raced.steps.values()])),
         divergence_rate=float(np.mean([t.diverged for t in trials])) if trials else None,
         best_valid_loss=_mean([float(loss) for loss in losses if loss is not None]),

@@ -95,19 +95,19 @@ def _verdicts(evidence: Evidence) -> dict[str, str]:
     order = list(evidence.spec.contestants)
     for pair in evidence.comparison.pairs:
         first, second = sorted((pair.a, pair.b), key=order.index)  # the same key whoever wins
-        tags[f"verdict.{first}.{second}"] = _pair(pair)
+        tags[f"verdict.{first}.{second}"] = _pair(pair, evidence.comparison.unit)
     return tags
 
 
-def _pair(pair: Pair) -> str:
-    numbers = f"steps {pair.a} / {pair.b}: {pair.speed_ratio:.3g}, 95% interval {pair.low:.3g} to {pair.high:.3g}"
+def _pair(pair: Pair, unit: str) -> str:
+    numbers = f"{unit} {pair.a} / {pair.b}: {pair.speed_ratio:.3g}, 95% interval {pair.low:.3g} to {pair.high:.3g}"
     return f"{pair_words(pair)}; {numbers}, p = {pair.p:.2g}"
 
 
 def _description(evidence: Evidence, found: Sequence[Section]) -> str:
     """The most important first: what does not fit is left out from the end."""
     comparison = evidence.comparison
-    parts = [f"**{headline(evidence)}**", "", *(f"- {_pair(pair)}" for pair in comparison.pairs)]
+    parts = [f"**{headline(evidence)}**", "", *(f"- {_pair(pair, comparison.unit)}" for pair in comparison.pairs)]
     parts += ["", " ".join(words for words in (target_words(evidence), fairness(evidence)) if words)]
     for section in found:
         if section.name == "best":

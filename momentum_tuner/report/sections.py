@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from momentum_tuner.comparison import Contestant
+from momentum_tuner.comparison import Comparison, Contestant
 from momentum_tuner.comparison.landscape import momentum_of
 from momentum_tuner.report.evidence import Evidence, Machine
 from momentum_tuner.report.figures import curves as curve_figures
@@ -115,7 +115,7 @@ def best_table(evidence: Evidence, ranked: Sequence[BestSetting]) -> Table:
     metrics = [m for m in _metrics(evidence) if m not in {aim.metric for aim in evidence.spec.objective.aims}]
     columns += [*(m.replace("_", " ") for m in metrics), "trial"]
     if confirmed:
-        columns += ["seeds", "steps to target", "missed", "diverged", "seed std", "stable width"]
+        columns += ["seeds", f"{evidence.comparison.unit} to target", "missed", "diverged", "seed std", "stable width"]
     rows = []
     for b in ranked:
         momentum = momentum_of(b.optimizer, b.settings)
@@ -126,18 +126,18 @@ def best_table(evidence: Evidence, ranked: Sequence[BestSetting]) -> Table:
         row += [shown(b.second_objective)] if evidence.spec.objective.second is not None else []
         row += [*(shown(b.measures.get(m)) for m in metrics), str(b.trial)]
         if confirmed:
-            row += _confirmed(confirmed.get(b.optimizer))
+            row += _confirmed(evidence.comparison, confirmed.get(b.optimizer))
         rows.append(row)
     return Table(columns, rows)
 
 
-def _confirmed(found: Contestant | None) -> list[str]:
+def _confirmed(comparison: Comparison, found: Contestant | None) -> list[str]:
     if found is None:
         return ["-"] * 6
     width = "-" if found.stable_width is None else f"{found.stable_width:.2f} decades"
     rates = [found.miss_rate, found.divergence_rate]
     shares = ["-" if rate is None else f"{100 * rate:.0f}%" for rate in rates]
-    return [str(found.seeds), shown(found.steps_to_target), *shares, shown(found.seed_std, 2), width]
+    return [str(found.seeds), shown(comparison.to_target(found)), *shares, shown(found.seed_std, 2), width]
 
 
 def _searched(evidence: Evidence) -> list[str]:
@@ -205,7 +205,7 @@ def _speed(evidence: Evidence) -> Section:
     columns = [
         "pair",
         "seeds",
-        "ratio of steps",
+        f"ratio of {comparison.unit}",
         "95% interval",
         "p (Holm)",
         "smallest ratio that could show",

@@ -16,7 +16,9 @@ DEFINITIONS: Sequence[tuple[str, str]] = (
     (
         "steps to target",
         "the first step at which the validation measure reaches the target, linear between the two evaluations around "
-        "it. A seed that never gets there counts as twice the budget, and the miss rate stands beside it.",
+        "it. A seed that never gets there counts as twice the budget, and the miss rate stands beside it. Where "
+        "budgets of equal epochs differ in steps, as with a searched batch size, a step is not the same work for all, "
+        "and speed is compared in epochs.",
     ),
     (
         "target",
@@ -79,7 +81,8 @@ def headline(evidence: Evidence) -> str:
     equal = [p.b if p.a == fastest else p.a for p in open_against]
     if not behind:
         return f"No difference in speed is shown: {fastest} was fastest, but not beyond chance."
-    words = f"{fastest} reaches the target sooner than {_list(behind)}"
+    sooner = "in fewer epochs" if comparison.unit == "epochs" else "sooner"
+    words = f"{fastest} reaches the target {sooner} than {_list(behind)}"
     words += f"; against {_list(equal)} no difference is shown." if equal else "."
     weak = [p.b for p in comparison.pairs if p.a == fastest and p.b in behind and p.p > SIGNIFICANCE]
     if weak:

@@ -165,20 +165,22 @@ def _over(curves: Curves) -> str:
 
 
 def target_figure(spec: StudySpec, curves: Curves, comparison: Comparison) -> Figure | None:
-    """Steps to target of each seed; a miss is shown at what it counts as."""
-    target = comparison.target
+    """Steps (or epochs) to target of each seed; a miss is shown at what it counts as."""
+    target, unit = comparison.target, comparison.unit
     traces: list[Trace] = []
     if target is None:
         return None
-    for optimizer in reversed([c.optimizer for c in comparison.optimizers]):
+    for contestant in reversed(comparison.optimizers):
+        optimizer = contestant.optimizer
         by_seed = curves.get(optimizer, {})
         if not by_seed:
             continue
-        budget = comparison.budget.get("steps", 0)
+        budget = comparison.budget[unit]
         metric, maximize = comparison.target_metric, comparison.maximize
         reached = {s: steps_to_target(r, target, metric, maximize) for s, r in by_seed.items()}
         colour = colour_of(spec, optimizer)
-        got = {seed: steps for seed, steps in reached.items() if steps is not None}
+        scale = budget / contestant.budget_steps  # 1 in steps, which then are equally many for all
+        got = {seed: scale * steps for seed, steps in reached.items() if steps is not None}
         missed = [seed for seed, steps in reached.items() if steps is None]
         counted = [*got.values(), *(MISS_FACTOR * budget for _ in missed)]
         common = {"orientation": "h", "name": optimizer, "showlegend": False}
@@ -209,22 +211,23 @@ def target_figure(spec: StudySpec, curves: Curves, comparison: Comparison) -> Fi
                         "y": [optimizer] * len(x),
                         "text": [f"seed {seed}" for seed in seeds],
                         "marker": {"color": colour, "symbol": symbol, "size": 8, "opacity": 0.85},
-                        "hovertemplate": "%{text}: %{x:.4g} steps<extra>" + f"{optimizer}, {word}</extra>",
+                        "hovertemplate": "%{text}: %{x:.4g} " + f"{unit}<extra>{optimizer}, {word}</extra>",
                     }
                 )
     if not traces:
         return None
     reached_at = [x for t in traces for x in t["x"]]
     layout = {
-        "xaxis": fitting_axis("optimizer steps to target", reached_at, 8.0),
+        "xaxis": fitting_axis(f"{'optimizer steps' if unit == 'steps' else unit} to target", reached_at, 8.0),
         "yaxis": axis("", type="category"),
     }
     rows = len({optimizer for t in traces for optimizer in t["y"]})
+    reaches = f"{comparison.target_metric.replace('_', ' ')} reaches {shown(target)}"
     caption = (
-        f"Steps until {comparison.target_metric.replace('_', ' ')} reaches {shown(target)}, one point for each seed; "
+        f"{unit.capitalize()} until {reaches}, one point for each seed; "
         f"the box holds the middle half. A cross is a seed that never got there: it counts as {MISS_FACTOR:g} budgets."
     )
-    return Figure("steps-to-target", "Steps to target", caption, traces, layout, 150 + 62 * rows)
+    return Figure("steps-to-target", f"{unit.capitalize()} to target", caption, traces, layout, 150 + 62 * rows)
 
 
 def pairs_figure(comparison: Comparison) -> Figure | None:
@@ -256,12 +259,12 @@ def pairs_figure(comparison: Comparison) -> Figure | None:
     line = {"type": "line", "yref": "paper", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "line": {"color": "--ink", "width": 1}}
     ends = [1.0, *(end for p in pairs for end in (p.low, p.high))]
     layout = {
-        "xaxis": log_axis("ratio of steps to target, with 95% interval", ends),
+        "xaxis": log_axis(f"ratio of {comparison.unit} to target, with 95% interval", ends),
         "yaxis": axis("", type="category", autorange="reversed"),
         "shapes": [line],
     }
     caption = (
-        "Left of 1 the first needs fewer steps than the second. Only where the whole interval is left of 1 (green) is "
-        "a difference shown."
+        f"Left of 1 the first needs fewer {comparison.unit} than the second. Only where the whole interval is left of "
+        "1 (green) is a difference shown."
     )
     return Figure("pairs", "Pairs", caption, [trace], layout, 140 + 44 * len(pairs))
