@@ -373,7 +373,7 @@ def objective_value(measures: TrialMeasures, metric: str, budget_steps: int) -> 
         return MISS_FACTOR * budget_steps if missed else measures.steps_to_target
     if measures.diverged:
         at_worst = {"contraction": 1.0, "oscillation": 1.0, "spikes": float(budget_steps)}
-        if metric in _LOSSES:
+        if metric in LOSSES:
             return measures.initial_valid_loss
         return at_worst.get(metric, measures.initial_metrics.get(metric.removeprefix("valid_")))
     name = "best_valid_loss" if metric == "valid_loss" else metric
@@ -384,4 +384,5 @@ def objective_value(measures: TrialMeasures, metric: str, budget_steps: int) -> 
 
 
 _MEASURES = frozenset(f.name for f in fields(TrialMeasures))
-_LOSSES = frozenset({"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"})
+LOSSES = frozenset({"valid_loss", "best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"})
+"""The objectives that the untrained model's validation loss stands for where a trial diverged."""

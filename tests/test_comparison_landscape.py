@@ -115,6 +115,33 @@ def test_sensitivity_of_a_contraction_is_capped_at_1():
     assert lr_sensitivity([trial(0.1, 0.5), trial(0.2, 1.3)], "contraction", False) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize(
+    "metric", ["steps_to_target", "oscillation", "spikes", "layer_grad_ratio", "sharpness", "stability_margin"]
+)
+def test_the_untrained_loss_is_no_cap_for_what_is_no_loss(metric):
+    trials = [trial(0.1, 180.0, initial_valid_loss=2.3), trial(0.2, 220.0, initial_valid_loss=2.3)]
+    assert lr_sensitivity(trials, metric, False) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("metric", ["best_valid_loss", "final_valid_loss", "mean_valid_loss", "train_loss"])
+def test_sensitivity_of_every_loss_is_capped_at_the_untrained_model(metric):
+    trials = [trial(0.1, 0.3, initial_valid_loss=2.3), trial(0.2, 9.0, initial_valid_loss=2.3)]
+    assert lr_sensitivity(trials, metric, False) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "maximize", "untrained"),
+    [
+        ("valid_loss", (2.5, 3.0), False, {"initial_valid_loss": 2.3}),
+        ("contraction", (1.2, 1.4), False, {}),
+        ("valid_accuracy", (0.08, 0.05), True, {"initial_valid_accuracy": 0.1}),
+    ],
+)
+def test_nothing_is_lost_where_even_the_best_is_worse_than_the_untrained_model(metric, values, maximize, untrained):
+    trials = [trial(0.1, values[0], **untrained), trial(0.2, values[1], **untrained)]
+    assert lr_sensitivity(trials, metric, maximize) == 0.0
+
+
 def test_sensitivity_is_unknown_without_a_second_trial():
     assert lr_sensitivity([], "valid_loss", False) is None
     assert lr_sensitivity([trial(0.1, 1.0), trial(100.0, 2.0)], "valid_loss", False) is None

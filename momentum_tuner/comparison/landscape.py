@@ -15,7 +15,7 @@ from momentum_tuner.catalog import OPTIMIZERS
 from momentum_tuner.comparison.confirmation import read_confirmation
 from momentum_tuner.comparison.outcome import plain_values
 from momentum_tuner.database import Database, Ticket
-from momentum_tuner.metrics import stability_bound
+from momentum_tuner.metrics import LOSSES, stability_bound
 from momentum_tuner.tickets import StudyRecord, best_settings, search_kind
 
 WITHIN = 0.05
@@ -189,7 +189,9 @@ def stable_width(trials: Sequence[SearchTrial], maximize: bool) -> float | None:
 def lr_sensitivity(trials: Sequence[SearchTrial], metric: str, maximize: bool) -> float | None:
     """Mean loss that a learning rate within 1.5 decades of the best costs (after Wortsman et al. 2023).
 
-    Of each trial min(objective, untrained model's) - best objective; the other way round where more is better. Pruned
+    Of each trial min(objective, untrained model's) - best objective; the other way round where more is better. What an
+    untrained model has none of, such as steps to target, is taken as it is, and where even the best is worse than the
+    untrained model nothing is lost: a cost is never below 0. Pruned
     trials are left out, as nobody knows what they would have come to: with a pruner this is the cost among the
     survivors and the diverged, and smaller than without.
 
@@ -211,8 +213,8 @@ def lr_sensitivity(trials: Sequence[SearchTrial], metric: str, maximize: bool) -
         if t.value is None or far > SENSITIVITY_DECADES:
             continue
         untrained = _untrained(metric, t.measures)
-        cost = sign * t.value if untrained is None else min(sign * t.value, sign * untrained)
-        costs.append(cost - sign * best.value)
+        most = math.inf if untrained is None else sign * (untrained - best.value)
+        costs.append(min(sign * (t.value - best.value), max(most, 0.0)))
     return float(np.mean(costs)) if len(costs) > 1 else None
 
 
@@ -327,9 +329,8 @@ def _reach(rates: Sequence[float], costs: Mapping[float, float], limit: float) -
 
 
 def _untrained(metric: str, measures: Mapping[str, Any]) -> float | None:
-    """The objective's value of the untrained model, as `metrics.objective_value` has it for a diverged trial."""
+    """The objective's value of the untrained model; None for what has none, as steps, ratios and sharpness."""
     if metric == "contraction":
         return 1.0
-    name = metric if metric.startswith("valid_") else "valid_loss"
-    found = measures.get(f"initial_{name}")
+    found = measures.get("initial_valid_loss" if metric in LOSSES else f"initial_{metric}")
     return None if found is None else float(found)
