@@ -6,15 +6,17 @@ import warnings
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from momentum_tuner.comparison.confirmation import ConfirmedTrial
 from momentum_tuner.comparison.pairs import Raced, compare_pairs, times
 from momentum_tuner.comparison.statistics import (
+    count_interval,
     counted_steps,
     geometric_mean,
     holm,
     mean_interval,
+    rate_interval,
     sign_flip_p,
     smallest_difference,
     speed_ratio,
@@ -48,8 +50,10 @@ def log_steps(optimizer):
     return np.log(counted_steps(DIGITS_MLP[optimizer], BUDGET, BUDGET))
 
 
-def raced(name, steps, budget=BUDGET, common=BUDGET, **measures):
-    trials = {seed: ConfirmedTrial(seed, seed, False, 0.0, measures) for seed in range(len(steps))}
+def raced(name, steps, budget=BUDGET, common=BUDGET, value=None):
+    """Trials with values of their own, or all with the same."""
+    values = [float(seed) if value is None else value for seed in range(len(steps))]
+    trials = {seed: ConfirmedTrial(seed, seed, False, found, {}) for seed, found in enumerate(values)}
     return Raced(name, budget, common, trials, dict(enumerate(steps)))
 
 
@@ -147,15 +151,109 @@ def test_the_interval_does_not_pass_what_is_possible():
 @pytest.mark.parametrize(
     ("differences", "expected"),
     [
-        ([0.0] * 10, (0.0, 0.0, 0.0)),
-        ([0.1] * 10, (0.1, 0.1, 0.1)),
+        ([0.0] * 10, (0.0, -0.61699, 0.92549)),
+        ([0.1] * 10, (0.1, -0.54784, 0.99464)),
+        ([0.0] * 2, (0.0, -1.68377, 2.52566)),
         ([0.3], (0.3, -2.0, 3.0)),
     ],
-    ids=["all equal to 0", "all equal", "one seed"],
+    ids=["ten equal to 0", "ten equal", "two equal to 0", "one seed"],
 )
-def test_degenerate_differences_give_sane_intervals(differences, expected):
+def test_the_interval_of_equal_differences_is_as_wide_as_what_the_seeds_leave_open(differences, expected):
     found = mean_interval(np.array(differences), -2.0, 3.0)
-    assert (found.value, found.low, found.high) == expected
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6, 10])
+def test_what_is_one_way_in_up_to_all_seeds_is_covered_whatever_the_rest_gives(seeds):
+    draws = np.random.default_rng(0)
+    covered = 0
+    for share in (0.3, 0.1, 0.01):
+        for _ in range(300):
+            sample = np.where(draws.random(seeds) < share, 5.0, 0.0)
+            if np.ptp(sample) > 0.0:
+                covered += 1
+                continue
+            found = mean_interval(sample, 0.0, 5.0)
+            covered += found.low <= 5.0 * share <= found.high
+    assert covered >= 0.96 * 900
+
+
+# Rates and counts
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("one", "other"), [(0.2, 0.0), (0.5, 0.0), (0.2, 0.2), (0.5, 0.2), (0.8, 0.0)])
+def test_the_interval_of_rates_covers_their_difference_in_95_percent(seeds, one, other):
+    draws = np.random.default_rng(0)
+    found, covered = {}, 0
+    for _ in range(1000):
+        differences = (draws.random(seeds) < one).astype(float) - (draws.random(seeds) < other)
+        key = tuple(sorted(differences))
+        if key not in found:
+            found[key] = rate_interval(differences)
+        covered += found[key].low <= one - other <= found[key].high
+    assert covered >= (880 if (seeds, one) == (3, 0.8) else 930)
+
+
+def score(more, less, n, difference):
+    """Tango's statistic, with the nuisance parameter by brute force over the likelihood."""
+
+    def unlikely(rare):
+        parts = [(more, rare + difference), (less, rare), (n - more - less, 1.0 - 2.0 * rare - difference)]
+        return -sum(count * math.log(p) for count, p in parts if count)
+
+    least, most = max(0.0, -difference), (1.0 - difference) / 2.0
+    span = most - least
+    rare = optimize.minimize_scalar(
+        unlikely, bounds=(least + 1e-12 * span, most - 1e-12 * span), method="bounded", options={"xatol": 1e-12}
+    ).x
+    return (more - less - n * difference) / math.sqrt(n * (2.0 * rare + difference * (1.0 - difference)))
+
+
+@pytest.mark.parametrize(("more", "less", "n"), [(1, 0, 3), (3, 1, 5), (2, 2, 10), (0, 7, 10), (5, 1, 40)])
+def test_the_interval_of_rates_ends_where_the_score_test_rejects(more, less, n):
+    found = rate_interval(np.array([1.0] * more + [-1.0] * less + [0.0] * (n - more - less)))
+    assert found.value == pytest.approx((more - less) / n)
+    assert score(more, less, n, found.low) == pytest.approx(1.959964, abs=1e-3)
+    assert score(more, less, n, found.high) == pytest.approx(-1.959964, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("differences", "low", "high"),
+    [
+        ([0.0], -1.0, 1.0),
+        ([0.0] * 2, -0.65762, 0.65762),  # z^2 / (n + z^2)
+        ([0.0] * 3, -0.56149, 0.56149),
+        ([0.0] * 10, -0.27753, 0.27753),
+        ([1.0] * 3, -0.12299, 1.0),
+        ([1.0] * 10, 0.44493, 1.0),
+        ([-1.0] * 10, -1.0, -0.44493),
+    ],
+)
+def test_the_interval_of_rates_is_never_a_certainty(differences, low, high):
+    found = rate_interval(np.array(differences))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_no_event_in_ten_seeds_leaves_0_37_a_seed():
+    nothing = np.zeros(10)
+    found = count_interval(nothing, nothing, -440.0, 440.0)
+    assert (found.value, found.low, found.high) == pytest.approx((0.0, -0.36889, 0.36889), abs=1e-4)
+
+
+def test_equal_differences_of_counts_have_the_interval_of_two_poisson_rates():
+    found = count_interval(np.zeros(10), np.full(10, 3.0), -440.0, 440.0)
+    # Garwood's limits: 0 to 3.689 of none, 20.24 to 42.83 of 30.
+    assert found.low == pytest.approx(-3.0 - (42.827 - 30.0) / 10, abs=1e-3)
+    assert found.high == pytest.approx(-3.0 + math.hypot(3.689, 30.0 - 20.241) / 10, abs=1e-3)
+    assert count_interval(np.zeros(2), np.zeros(2), -1.0, 1.0).high == 1.0, "no more than is possible"
+
+
+def test_counts_that_differ_from_seed_to_seed_are_resampled():
+    a, b = np.array([4.0, 2.0, 0.0, 3.0]), np.array([1.0, 1.0, 1.0, 1.0])
+    assert count_interval(a, b, -440.0, 440.0) == mean_interval(a - b, -440.0, 440.0)
+    one = count_interval(a[:1], b[:1], -440.0, 440.0)
+    assert (one.value, one.low, one.high) == (3.0, -440.0, 440.0)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 6, 13, 14, 40])
@@ -171,7 +269,7 @@ def test_nothing_is_ever_not_a_number(seeds, kind):
         smallest = smallest_difference(differences / max(scale, 1.0))
     assert -1e105 <= found.low <= found.value <= found.high <= 1e105
     assert 0.0 < p <= 1.0
-    assert smallest is None if seeds == 1 else smallest >= 0.0
+    assert smallest is None if seeds == 1 or kind == "tied" else smallest >= 0.0
 
 
 # The permutation test
@@ -247,13 +345,15 @@ def test_a_seed_that_both_miss_is_a_tie_also_where_their_budgets_differ():
     (pair,) = compare_pairs([raced("a", [None, 110.0], 440, 880), raced("b", [None, 440.0], 880, 880)])
     assert (pair.a, pair.speed_ratio) == ("a", pytest.approx(math.sqrt(1.0 * 0.5)))
     nobody = speed_ratio(np.full(10, 880.0), np.full(10, 880.0), 440)
-    assert (nobody.ratio, nobody.low, nobody.high, nobody.p, nobody.smallest) == (1.0, 1.0, 1.0, 1.0, None)
+    assert (nobody.ratio, nobody.p, nobody.smallest) == (1.0, 1.0, None)
+    assert (nobody.low, nobody.high) == pytest.approx((1 / 8.0972, 8.0972), rel=1e-3)
 
 
 def test_rounding_between_equal_trials_is_no_difference():
     steps = np.full(10, 123.0)
     found = speed_ratio(steps, steps * (1 + 1e-9), 440)
-    assert (found.ratio, found.low, found.high, found.p) == (1.0, 1.0, 1.0, 1.0)
+    assert (found.ratio, found.p, found.smallest) == (1.0, 1.0, None)
+    assert found.low < 1.0 < found.high
 
 
 def test_a_miss_is_worse_than_any_hit_however_few_steps_its_budget_has():
@@ -292,25 +392,59 @@ def test_without_a_difference_the_words_say_what_could_have_been_shown():
 @pytest.mark.parametrize(
     ("a", "b", "words", "numbers"),
     [
-        ([None] * 10, [None] * 10, "no difference shown with 10 seeds: neither reached the target", (1, 1, 1, 1, None)),
-        ([50.0] * 10, [50.0] * 10, "no difference shown with 10 seeds: equal in each", (1, 1, 1, 1, 1)),
-        ([50.0] * 10, [100.0] * 10, "a is 2.00x faster than b (10 seeds)", (0.5, 0.5, 0.5, 2 / 1024, 1)),
-        ([50.0], [100.0], "no difference shown with 1 seed", (0.5, 1 / 880, 880, 1, None)),
-        ([44.0] * 10, [None] * 10, "a is 20.00x faster than b (10 seeds)", (0.05, 0.05, 0.05, 2 / 1024, 1)),
+        ([None] * 10, [None] * 10, "with 10 seeds: neither reached the target", (1, 0.123499, 8.09723, 1)),
+        ([50.0] * 10, [50.0] * 10, "with 10 seeds: equal in each", (1, 0.123499, 8.09723, 1)),
+        ([50.0] * 10, [100.0] * 10, "with 10 seeds, which are all alike", (0.5, 0.076474, 5.01406, 2 / 1024)),
+        ([50.0], [100.0], "with 1 seed", (0.5, 1 / 880, 880, 1)),
     ],
-    ids=["all miss", "equal", "zero variance", "one seed", "one always misses"],
+    ids=["all miss", "equal", "zero variance", "one seed"],
 )
 def test_degenerate_comparisons_have_sane_words_and_numbers(a, b, words, numbers):
     (pair,) = compare_pairs([raced("a", a), raced("b", b)])
-    assert pair.verdict == words
-    found = (pair.speed_ratio, pair.low, pair.high, pair.p)
-    assert found == pytest.approx(numbers[:4])
-    assert pair.smallest_ratio == numbers[4]
+    assert pair.verdict == f"no difference shown {words}"
+    assert (pair.speed_ratio, pair.low, pair.high, pair.p) == pytest.approx(numbers, rel=1e-4)
+    assert pair.smallest_ratio is None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+@pytest.mark.parametrize(
+    ("b", "ratio", "words"),
+    [
+        (100.0, 0.5, ", which are all alike and count as one"),
+        (50.0, 1.0, ": equal in each"),
+        (None, 50.0 / 880.0, ", which are all alike and count as one"),
+    ],
+)
+def test_seeds_that_are_all_alike_tell_as_much_as_one(seeds, b, ratio, words):
+    (pair,) = compare_pairs([raced("a", [50.0] * seeds, value=0.1), raced("b", [b] * seeds, value=0.2)])
+    assert (pair.speed_ratio, pair.low, pair.high) == pytest.approx((ratio, 1 / 880, 880))
+    assert (pair.p, pair.seeds, pair.smallest_ratio) == (1.0, seeds, None)
+    assert pair.verdict == f"no difference shown with {seeds} seeds{words}"
+    assert {(d.measure, d.low, d.high) for d in pair.stability} == {("divergence_rate", -1.0, 1.0)}
+
+
+def test_rounding_does_not_make_seeds_differ_and_another_loss_does():
+    def found(*values):
+        trials = {seed: ConfirmedTrial(seed, seed, False, value, {}) for seed, value in enumerate(values)}
+        return Raced("a", 440, 440, trials, dict.fromkeys(trials)).alike(list(trials))
+
+    assert found(0.3, 0.3 * (1 + 1e-9))
+    assert not found(0.3, 0.3001)
+    assert not found(0.3, None)
+    assert not found(0.3)
+
+
+def test_misses_alone_do_not_make_seeds_alike_where_their_losses_differ():
+    misses = {seed: ConfirmedTrial(seed, seed, False, 880.0, {"best_valid_loss": 1.0 + seed}) for seed in range(3)}
+    assert not Raced("a", 440, 440, misses, dict.fromkeys(misses)).alike(list(misses))
 
 
 def test_the_words_say_where_the_corrected_p_does_not_bear_them_out():
-    steady = [200.0] * 5
-    several = [raced(name, [factor * s for s in steady]) for name, factor in (("a", 0.5), ("b", 0.7), ("c", 1.0))]
+    noise = [1.01, 1 / 1.01, 1.0, 1.02, 1 / 1.02]
+    several = [
+        raced(name, [factor * 200.0 * noise[(s + n) % 5] for s in range(5)])
+        for n, (name, factor) in enumerate((("a", 0.5), ("b", 0.7), ("c", 1.0)))
+    ]
     pairs = compare_pairs(several)
     assert [(p.a, p.b) for p in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [p.p for p in pairs] == pytest.approx([3 * 2 / 32] * 3)
@@ -340,7 +474,7 @@ def test_stability_differences_are_paired_over_the_seeds_that_have_the_measure()
         0: trial(0, False, spikes=1, oscillation=0.9),
         1: trial(1, False, spikes=1, oscillation=0.2),
     }
-    steps = dict.fromkeys(range(3), 50.0)
+    steps = {0: 50.0, 1: 51.0, 2: 52.0}
     (pair,) = compare_pairs([Raced("a", 440, 440, a, steps), Raced("b", 440, 440, b, steps)])
     found = {d.measure: d for d in pair.stability}
     assert list(found) == ["oscillation", "spikes", "divergence_rate"]

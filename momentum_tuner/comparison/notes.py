@@ -137,6 +137,5 @@ def _on_the_race(spec: StudySpec, raced: Mapping[str, Raced]) -> Iterator[str]:
                 "reaches differs by more than the target's 5%"
             )
     for optimizer, r in raced.items():
-        results = {(r.steps[seed], t.value) for seed, t in r.trials.items()}
-        if len(r.trials) > 1 and len(results) == 1:
+        if r.alike(r.trials):
             yield f"{optimizer}: all seeds gave the same result, so they count as no more than one"

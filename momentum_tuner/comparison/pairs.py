@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,12 +12,16 @@ import numpy as np
 from momentum_tuner.comparison.confirmation import ConfirmedTrial
 from momentum_tuner.comparison.outcome import Difference, Pair
 from momentum_tuner.comparison.statistics import (
+    ROUNDING,
     SIGNIFICANCE,
     Array,
+    Interval,
     SpeedRatio,
+    count_interval,
     counted_steps,
     holm,
     mean_interval,
+    rate_interval,
     speed_ratio,
 )
 
@@ -43,6 +47,16 @@ class Raced:
     def counted(self, seeds: Iterable[int]) -> Array:
         """Steps to target of these seeds, `[seeds]`, as parts of the common budget."""
         return counted_steps([self.steps[seed] for seed in seeds], self.budget_steps, self.common_steps)
+
+    def alike(self, seeds: Collection[int]) -> bool:
+        """Whether several seeds gave the same result: then nothing in them is random, and they count as one."""
+        first, *others = [self._result(seed) for seed in seeds]
+        return bool(others) and all(_same(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+    def _result(self, seed: int) -> list[float | None]:
+        trial = self.trials[seed]
+        losses = [trial.measures.get(name) for name in ("initial_valid_loss", "best_valid_loss")]
+        return [self.steps[seed], trial.value, *losses]
 
 
 def compare_pairs(raced: Sequence[Raced]) -> tuple[Pair, ...]:
@@ -95,11 +109,15 @@ def verdict(a: str, b: str, seeds: int, speed: SpeedRatio, pairs: int) -> str:
             words += f" after correction for {pairs} pairs" if pairs > 1 else ""
         return words
     words = f"no difference shown with {over}"
-    if speed.smallest is None:
-        return words if seeds == 1 else f"{words}: neither reached the target"
-    if speed.smallest == 1.0:
+    if speed.smallest is not None:
+        return f"{words}, which could have shown {times(1.0 / speed.smallest)}"
+    if seeds == 1:
+        return words
+    if speed.missed:
+        return f"{words}: neither reached the target"
+    if speed.ratio == 1.0:
         return f"{words}: equal in each"
-    return f"{words}, which could have shown {times(1.0 / speed.smallest)}"
+    return f"{words}, which are all alike" + (" and count as one" if speed.alike else "")
 
 
 def times(factor: float) -> str:
@@ -111,22 +129,31 @@ def times(factor: float) -> str:
 
 
 def _speed(a: Raced, b: Raced, seeds: Sequence[int]) -> SpeedRatio:
-    return speed_ratio(a.counted(seeds), b.counted(seeds), a.common_steps)
+    return speed_ratio(a.counted(seeds), b.counted(seeds), a.common_steps, _alike(a, b, seeds))
+
+
+def _alike(a: Raced, b: Raced, seeds: Sequence[int]) -> bool:
+    return a.alike(seeds) and b.alike(seeds)
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    return one == other if one is None or other is None else math.isclose(one, other, rel_tol=ROUNDING)
 
 
 def _stability(a: Raced, b: Raced, seeds: Sequence[int]) -> tuple[Difference, ...]:
-    """Paired differences, each over the seeds where both have the measure."""
-    bounds = {
-        "oscillation": (-1.0, 1.0),
-        "spikes": (-float(b.budget_steps), float(a.budget_steps)),
-        "divergence_rate": (-1.0, 1.0),
+    """Paired differences, each over the seeds where both have the measure; seeds that are all alike count as one."""
+    intervals: dict[str, Callable[[Array, Array], Interval]] = {
+        "oscillation": lambda x, y: mean_interval(x - y, -1.0, 1.0),
+        "spikes": lambda x, y: count_interval(x, y, -float(b.budget_steps), float(a.budget_steps)),
+        "divergence_rate": lambda x, y: rate_interval(x - y),
     }
+    told = 1 if _alike(a, b, seeds) else len(seeds)
     found = []
-    for measure, (least, most) in bounds.items():
+    for measure, interval_of in intervals.items():
         values = [(_value(a.trials[s], measure), _value(b.trials[s], measure)) for s in seeds]
-        differences = np.array([x - y for x, y in values if x is not None and y is not None])
-        if differences.size:
-            interval = mean_interval(differences, least, most)
+        known = np.array([(x, y) for x, y in values if x is not None and y is not None][:told])
+        if known.size:
+            interval = interval_of(known[:, 0], known[:, 1])
             found.append(Difference(measure, interval.value, interval.low, interval.high))
     return tuple(found)
 

@@ -240,7 +240,6 @@ def _stability(evidence: Evidence) -> Section:
         [f"{p.a} - {p.b}", d.measure.replace("_", " "), shown(d.value, 3), f"{shown(d.low, 3)} to {shown(d.high, 3)}"]
         for p in evidence.comparison.pairs
         for d in p.stability
-        if not d.value == d.low == d.high == 0.0
     ]
     if differences:
         tables.append(Table(["pair", "measure", "difference", "95% interval"], differences))

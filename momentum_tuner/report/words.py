@@ -51,7 +51,8 @@ DEFINITIONS: Sequence[tuple[str, str]] = (
         "confirmation seeds fix initial weights and data order, so contestants are compared seed by seed: the "
         "geometric mean of the ratios of steps to target, a 95% interval by paired bootstrap (10,000 resamples), "
         "p by the paired sign-flip permutation test with Holm's correction over the pairs. A difference is claimed "
-        "only where the interval excludes 1.",
+        "only where the interval excludes 1. Divergence rates have a score interval (Tango 1998), and seeds that all "
+        "give the same count as one.",
     ),
 )
 
