@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from momentum_tuner.comparison import compare_study, performance_profile
 from momentum_tuner.comparison.statistics import sign_flip_p
 from momentum_tuner.database import Study, Ticket
-from momentum_tuner.tickets import best_settings
+from momentum_tuner.tickets import best_settings, note_data
 
 from .recorded import Recorded
 
@@ -451,6 +451,16 @@ def test_equal_budgets_are_compared_in_steps_also_where_the_batch_sizes_are_sear
     assert [found.to_target(c) for c in found.optimizers] == [c.steps_to_target for c in found.optimizers]
     assert found.optimizers[0].epochs_to_target == pytest.approx(geometric_mean([200, 400]) / 200)
     assert not any("epochs" in note for note in found.notes)
+
+
+def test_trials_on_other_data_are_noted_before_all_else(make_study, sqlite_database):
+    study = make_study()
+    for digest in ("abc", "abc"):
+        note_data(sqlite_database, study.record.id, {"name": "digits", "digest": digest})
+    assert not any("same data" in note for note in compare_study(sqlite_database, study.record).notes)
+    note_data(sqlite_database, study.record.id, {"name": "digits", "digest": "def"})
+    first, *_ = compare_study(sqlite_database, study.record).notes
+    assert first.startswith("not all trials learned from the same data (digests abc, def)")
 
 
 def test_seeds_that_all_give_the_same_are_noted(make_study):

@@ -959,8 +959,10 @@ def test_what_a_study_learns_from_is_noted_once(database, make_spec):
     study = submit(database, make_spec())
     assert note_data(database, study.id, {"name": "digits", "digest": "abc"}) == {"name": "digits", "digest": "abc"}
     assert note_data(database, study.id, {"name": "digits", "digest": "def"})["digest"] == "abc"
+    for digest in ("abc", "def", "ghi", "def"):
+        note_data(database, study.id, {"name": "digits", "digest": digest})
     with database.read() as session:
-        assert session.get_one(Study, study.id).data == {"name": "digits", "digest": "abc"}
+        assert session.get_one(Study, study.id).data == {"name": "digits", "digest": "abc", "others": ["def", "ghi"]}
 
 
 def test_a_heartbeat_goes_on_after_errors_and_says_so_once(database, monkeypatch, caplog):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,7 +12,7 @@ from momentum_tuner.comparison.pairs import Raced
 from momentum_tuner.comparison.statistics import LEAST_FOR_P
 from momentum_tuner.database import Database, Study, Ticket
 from momentum_tuner.spec import BATCH_SIZE, StudySpec
-from momentum_tuner.tickets import StudyRecord
+from momentum_tuner.tickets import OTHER_DATA, StudyRecord
 
 _FEW_MISSES = 0.1
 
@@ -25,11 +25,13 @@ class Tally:
         phase: of the study, as the database has it now.
         searched: search trials that have ended, by contestant.
         failed: those of them that failed.
+        data: the digests of what its workers found to train on, the first worker's first.
     """
 
     phase: str
     searched: Mapping[str, int]
     failed: Mapping[str, int]
+    data: Sequence[str]
 
 
 def tally(database: Database, study: StudyRecord) -> Tally:
@@ -37,7 +39,8 @@ def tally(database: Database, study: StudyRecord) -> Tally:
     searched = dict.fromkeys(study.spec.contestants, 0)
     failed = dict.fromkeys(study.spec.contestants, 0)
     with database.read() as session:
-        phase = session.scalar(sa.select(Study.phase).where(Study.id == study.id)) or study.phase
+        found = session.execute(sa.select(Study.phase, Study.data).where(Study.id == study.id)).one_or_none()
+        phase, data = (study.phase, None) if found is None else found
         rows = session.execute(
             sa.select(Ticket.optimizer, Ticket.outcome, sa.func.count())
             .where(
@@ -51,7 +54,8 @@ def tally(database: Database, study: StudyRecord) -> Tally:
         for optimizer, outcome, count in rows:
             searched[optimizer] += count
             failed[optimizer] += count if outcome == "failed" else 0
-    return Tally(phase, searched, failed)
+    digests = (data["digest"], *data.get(OTHER_DATA, ())) if data else ()
+    return Tally(phase, searched, failed, digests)
 
 
 def notes_on(
@@ -70,6 +74,11 @@ def notes_on(
         raced: those of them that have confirmation trials, against the target.
         target: the value to reach.
     """
+    if len(counted.data) > 1:
+        yield (
+            f"not all trials learned from the same data (digests {', '.join(counted.data)}): "
+            "begin a new study where all workers find the same"
+        )
     yield from _on_the_search(spec, counted, confirmed)
     if not confirmed:
         return

@@ -30,6 +30,7 @@ from momentum_tuner.tickets.queue import (
     with_trial,
 )
 from momentum_tuner.tickets.studies import (
+    OTHER_DATA,
     StudyRecord,
     delete_study,
     find_study,
@@ -54,6 +55,7 @@ from momentum_tuner.tickets.workers import (
 
 __all__ = [
     "HEARTBEAT_SECONDS",
+    "OTHER_DATA",
     "BestSetting",
     "Claim",
     "Heartbeat",

@@ -17,6 +17,10 @@ Design = Callable[[str], Sequence[Mapping[str, Any]] | None]
 """For an optimizer: the Optuna parameters of its trials in order, set in advance, or None to ask the sampler."""
 
 
+OTHER_DATA = "others"
+"""In what is noted of a study's data: the digests of data that other workers found instead."""
+
+
 @dataclass(frozen=True)
 class StudyRecord:
     """A study as the database holds it."""
@@ -120,13 +124,22 @@ def tickets_left(session: Session, study_id: int) -> int:
 
 
 def note_data(database: Database, study_id: int, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Note what a study's trials learn from, unless it is noted; returns what is noted."""
+    """Note what a study's trials learn from, and the digests of others' that are not the first; returns what is noted.
+
+    Args:
+        database: the study.
+        study_id: which.
+        data: as `tasks.describe_data` tells it.
+    """
     with database.write() as session:
         row = lock_study(session, study_id)
         if row is None:
             return data
         if row.data is None:
             row.data = dict(data)
+        known = [row.data["digest"], *row.data.get(OTHER_DATA, ())]
+        if data["digest"] not in known:
+            row.data = {**row.data, OTHER_DATA: [*known[1:], data["digest"]]}
         return row.data
 
 
