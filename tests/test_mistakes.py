@@ -248,6 +248,22 @@ def test_a_mistake_about_a_study_is_told_with_its_mend_and_changes_nothing(folde
     assert mistake != "changed study" or "budget.epochs: 2 -> 3" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        (("-o", "momentum_tuner.db"), "momentum_tuner.db: write a name that ends in .html or .htm"),
+        (("-o", "study.yaml"), "study.yaml: write a name that ends in .html or .htm"),
+        (("--trials", "x.csv", "-o", "x.csv"), "x.csv: write a name that ends in .html or .htm"),
+        (("--trials", "momentum_tuner.db"), "momentum_tuner.db: write a name that ends in .csv or .parquet"),
+    ],
+)
+def test_a_report_is_written_over_no_database_and_no_study_file(folder, held, arguments, mend):
+    before = contents(folder)
+    assert refused("report", "small", *arguments) == f"Error: {mend}\n"
+    shared = "momentum_tuner.db-shm"  # SQLite's memory of who reads
+    assert contents(folder) | {shared: b""} == before | {shared: b""}
+
+
 def test_servers_that_do_not_run_are_told_with_their_address(folder, held):
     (folder / "study.yaml").write_text(STUDY)
     port = free_port()

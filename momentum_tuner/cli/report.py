@@ -15,7 +15,7 @@ from momentum_tuner.cli.options import open_database, storage_option
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write.  [default: NAME-report.html]",
+    help="The file to write, FILE.html.  [default: NAME-report.html]",
 )
 @click.option(
     "--trials",
@@ -31,12 +31,14 @@ from momentum_tuner.cli.options import open_database, storage_option
 @storage_option
 def report(name: str, output: Path | None, trials: Path | None, trust: tuple[str, ...], storage: str) -> None:
     """The whole study in one HTML file, which needs nothing but a browser."""
-    from momentum_tuner.report import write_report, write_trials
+    from momentum_tuner.report import PAGE_ENDINGS, TABLE_ENDINGS, check_ending, write_report, write_trials
     from momentum_tuner.tickets import find_study
 
     database = open_database(storage)
     study = find_study(database, name)
-    if trials is not None:
-        click.echo(f"Trials: {write_trials(database, study, trials)}")
     place = output or Path(f"{study.name}-report.html")
+    check_ending(place, PAGE_ENDINGS)
+    if trials is not None:
+        check_ending(trials, TABLE_ENDINGS)
+        click.echo(f"Trials: {write_trials(database, study, trials)}")
     click.echo(f"Report: {write_report(database, study, place, trust)}")

@@ -5,9 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from momentum_tuner.errors import InputError
+
+
+def check_ending(path: Path, endings: Sequence[str]) -> None:
+    """See that a file to be written is named as what it will hold: a slip of the hand must not cost a database.
+
+    Raises:
+        InputError: its name ends in none of these.
+    """
+    if path.suffix.lower() not in endings:
+        raise InputError(f"{path}: write a name that ends in {' or '.join(endings)}")
 
 
 def write_whole(path: Path, content: bytes) -> Path:

@@ -24,7 +24,7 @@ from momentum_tuner.database import Database
 from momentum_tuner.errors import redact
 from momentum_tuner.report.evidence import Evidence, gather
 from momentum_tuner.report.figures.figure import Figure
-from momentum_tuner.report.files import write_whole
+from momentum_tuner.report.files import check_ending, write_whole
 from momentum_tuner.report.sections import Section, Table, sections
 from momentum_tuner.report.trials import TrialRow, trials_columns
 from momentum_tuner.report.words import DEFINITIONS, duration, fairness, headline, moment, pair_words, target_words
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+PAGE_ENDINGS = (".html", ".htm")
+"""What the name of a report's file can end in."""
 _DIGITS = 6
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?%?|-|inf|[-+]?[\d.]+(e[-+]?\d+)? to [-+]?[\d.]+(e[-+]?\d+)?")
 
 
 def write_report(database: Database, study: StudyRecord, path: Path, trusted: Collection[str] = ()) -> Path:
-    """Write the report of a study, in whatever phase it is.
+    """Write the report of a study, in whatever phase it is, to a file whose name ends in `.html` or `.htm`.
 
     Args:
         database: where the study is.
@@ -48,8 +50,9 @@ def write_report(database: Database, study: StudyRecord, path: Path, trusted: Co
         trusted: what may be imported to train paths over a landscape again; built-in tasks always are.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: its name ends in something else, or it cannot be written.
     """
+    check_ending(path, PAGE_ENDINGS)
     return write_whole(path, render(gather(database, study, trusted)).encode())
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from momentum_tuner.database import Database, Epoch, Ticket
-from momentum_tuner.errors import InputError, redact
-from momentum_tuner.report.files import write_whole
+from momentum_tuner.errors import redact
+from momentum_tuner.report.files import check_ending, write_whole
 from momentum_tuner.tickets import StudyRecord
+
+TABLE_ENDINGS = (".csv", ".parquet")
+"""What the name of a table's file can end in."""
 
 KINDS = {"search": 0, "reference": 1, "confirm": 2}
 """Kinds of trials, in the order in which they are shown."""
@@ -175,10 +178,9 @@ def write_trials(database: Database, study: StudyRecord, path: Path) -> Path:
     Raises:
         InputError: it ends in something else, or cannot be written.
     """
-    if path.suffix == ".csv":
+    check_ending(path, TABLE_ENDINGS)
+    if path.suffix.lower() == ".csv":
         return write_whole(path, trials_csv(database, study).encode())
-    if path.suffix != ".parquet":
-        raise InputError(f"{path}: write a name that ends in .csv or .parquet")
     import pyarrow
     from pyarrow import parquet
 
