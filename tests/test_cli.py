@@ -1,10 +1,19 @@
 import os
+import shlex
+import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing, suppress
 
+import click
 import pytest
 
 from momentum_tuner.cli import COMMANDS
+from momentum_tuner.cli.options import work_again
+from momentum_tuner.cli.run import resume, worker
+
+from .workbench import wait_for
 
 STUDY = """
 name: small
@@ -18,17 +27,34 @@ pruner: {name: none}
 
 
 @pytest.fixture
-def run(tmp_path):
-    def run(*arguments, environment=None):
+def start(tmp_path):
+    """Starts the command line in a process of its own."""
+
+    def start(*arguments, environment=None):
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("MOMENTUM_TUNER_", "MLFLOW_"))}
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "momentum_tuner", *arguments],
             cwd=tmp_path,
             env={**mine, "PYTHONPATH": os.getcwd(), "COLUMNS": "120", **(environment or {})},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    """Runs the command line to its end."""
+
+    def run(*arguments, environment=None):
+        process = start(*arguments, environment=environment)
+        try:
+            out, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
     return run
 
@@ -53,6 +79,84 @@ def test_help_of_each_command_has_an_example(run, command):
     found = run(command, "--help")
     assert found.returncode == 0
     assert f"Example: momentum-tuner {command}" in found.stdout
+
+
+OWN = """
+import time
+from pathlib import Path
+
+import torch
+from momentum_tuner import Task
+
+class Batches:
+    def __len__(self): return 5
+    def __iter__(self):
+        for _ in range(5):
+            if not Path(__file__).with_name("quick").exists(): time.sleep(0.2)
+            yield torch.ones(2, 1)
+
+def build():
+    def loss(model, batch): return model(batch).square().mean()
+    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, train=Batches(), valid=[torch.ones(2, 1)])
+"""
+
+
+def test_what_an_interrupted_run_says_to_type_goes_on_as_it_is_printed(run, start, tmp_path):
+    folder = tmp_path / "my studies"
+    folder.mkdir()
+    (folder / "mine.py").write_text(OWN)
+    own = broken(STUDY, "momentum_tuner.tasks:quadratic", "mine.py:build").replace(", params: {dim: 4, kappa: 10}", "")
+    (folder / "study.yaml").write_text(own)
+    options = ["--storage", "sqlite:///my tuner.db", "--tracking-uri", "sqlite:///my mlflow.db"]
+    started = ["run", "my studies/study.yaml", *options, "--checkpoints", "my states", "--workers", "1"]
+    process = start(*started)
+    database = tmp_path / "my tuner.db"
+
+    def is_training():
+        assert process.poll() is None, process.communicate()
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return connection.execute("SELECT count(*) FROM tickets WHERE state = 'running'").fetchone() != (0,)
+        return False
+
+    wait_for(is_training)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, out + error
+    (line,) = [line for line in out.splitlines() if "Go on with: momentum-tuner resume" in line]
+    (folder / "quick").touch()
+    found = run(*shlex.split(line.partition("Go on with: momentum-tuner ")[2]))
+    assert found.returncode == 0, found.stderr
+    there = {p.name for p in tmp_path.iterdir() if not p.name.endswith(("-wal", "-shm"))}
+    assert there == {"my studies", "my tuner.db", "my mlflow.db", "my states", "mlruns"}
+
+
+def test_a_command_to_go_on_with_has_the_options_given_here_quoted_and_without_secrets():
+    given = [
+        "small",
+        "--storage",
+        "postgresql://anna:hunter2@h/d",
+        "--device",
+        "cpu",
+        "--slots",
+        "4",
+        "--compile",
+        "off",
+    ]
+    with resume.make_context("resume", given):
+        assert work_again(["/a b/mine.py", "pack", "pack"]) == (
+            " --storage 'postgresql://***@h/d' --device cpu --compile off --slots 4 --trust '/a b/mine.py' --trust pack"
+        )
+    with worker.make_context("worker", []):
+        assert work_again([]) == ""
+
+
+def test_every_option_of_work_is_given_again():
+    options = {parameter.opts[0]: parameter.type for parameter in resume.params if isinstance(parameter, click.Option)}
+    del options["-v"], options["--trust"]  # only what is said; what is imported is known better
+    for option, kind in options.items():
+        value = kind.choices[0] if isinstance(kind, click.Choice) else "1"
+        with resume.make_context("resume", ["small", option, value]):
+            assert work_again([]).startswith(f" {option} {value}")
 
 
 def broken(text, old, new):

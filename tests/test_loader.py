@@ -133,6 +133,12 @@ def test_a_hostile_factory_is_refused_and_nothing_is_imported(factory, message, 
     assert {"hostile", "package", "outside"}.isdisjoint(set(sys.modules) - before)
 
 
+def test_a_path_to_trust_is_quoted_for_a_shell(folder):
+    place = folder / "my tasks"
+    place.mkdir()
+    assert f"add --trust '{place}/mine.py' if it is yours" in _refusal("mine.py:build", base=place)
+
+
 def test_the_trap_works(folder, trap):
     load = {"base": folder, "trusted": ["hostile"]}
     assert "must return a momentum_tuner.Task, not NoneType" in _refusal("hostile:build", **load)

@@ -14,6 +14,7 @@ from momentum_tuner.cli.options import (
     name_argument,
     open_database,
     parse_checkpoints,
+    storage_again,
     storage_option,
 )
 
@@ -41,7 +42,7 @@ def status(name: str | None, storage: str, as_json: bool, watch: bool) -> None:
         studies = list_studies(database)
         if not studies:
             raise StudyNotFoundError(
-                f"{database.shown} holds no study yet; start one with `momentum-tuner run STUDY.yaml`"
+                f"{database.shown} holds no study yet; start one with `momentum-tuner run STUDY.yaml{storage_again()}`"
             )
         name = studies[-1].name
     study = find_study(database, name)
@@ -127,7 +128,9 @@ def best(name: str, form: str, storage: str) -> None:
     study = find_study(database, name)
     found = best_settings(database, study)
     if not found and form != "json":
-        raise StudyFailedError(f"study {name!r} has no completed trial yet; see `momentum-tuner status {name}`")
+        raise StudyFailedError(
+            f"study {name!r} has no completed trial yet; see `momentum-tuner status {name}{storage_again()}`"
+        )
     if form == "json":
         click.echo(json.dumps([b.flat() for b in found], indent=2))
     elif form == "yaml":

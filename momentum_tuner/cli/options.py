@@ -202,16 +202,43 @@ def parse_checkpoints(url: str | None, database: Database) -> str | None:
 
 def storage_again() -> str:
     """` --storage URL` for a command to type next, where this one was given it; nothing where it was not."""
-    return _again("storage", "--storage")
+    return _again("storage")
 
 
 def tracking_again() -> str:
     """` --tracking-uri URI` for a command to type next, as `storage_again`."""
-    return _again("tracking_uri", "--tracking-uri")
+    return _again("tracking_uri")
 
 
-def _again(name: str, option: str) -> str:
+def work_again(trusted: Sequence[str]) -> str:
+    """All options of `worker_options` for a command that goes on with this one's work, as `storage_again`.
+
+    Args:
+        trusted: what workers may import: more than `--trust` says, where this command's study file was named.
+    """
+    names = (
+        "storage",
+        "tracking_uri",
+        "checkpoints",
+        "workers",
+        "engine",
+        "ray_address",
+        "gpus_per_worker",
+        "device",
+        "compiles",
+        "slots",
+    )
+    return "".join(_again(name) for name in names) + trust_again(trusted)
+
+
+def trust_again(trusted: Sequence[str]) -> str:
+    """` --trust PACKAGE` for each of these."""
+    return "".join(f" --trust {shlex.quote(entry)}" for entry in dict.fromkeys(trusted))
+
+
+def _again(name: str) -> str:
     context = click.get_current_context()
     if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
         return ""
-    return f" {option} {shlex.quote(redact(context.params[name]))}"
+    option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+    return f" {option} {shlex.quote(redact(str(context.params[name])))}"

@@ -21,6 +21,7 @@ from momentum_tuner.cli.options import (
     parse_trust,
     storage_again,
     storage_option,
+    trust_again,
     worker_options,
 )
 from momentum_tuner.fork_server import early_server
@@ -119,8 +120,7 @@ def submit(study_file: Path, storage: str) -> None:
     study = put_study(database, spec, folder, mine)
     trials = spec.budget.trials * len(spec.optimizers)
     click.echo(f"Submitted {study.name}: {trials} trials ({', '.join(spec.optimizers)}) in {database.shown}.")
-    trust = "".join(f" --trust {entry}" for entry in mine)
-    click.echo(f"Serve it with: momentum-tuner worker {study.name}{storage_again()}{trust}")
+    click.echo(f"Serve it with: momentum-tuner worker {study.name}{storage_again()}{trust_again(mine)}")
 
 
 @click.command(epilog="Example: momentum-tuner worker --forever")
@@ -162,7 +162,7 @@ def _work(
     from momentum_tuner.launcher import run_study
 
     outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
-    print_summary(database, outcome, place.tracking_uri)
+    print_summary(database, outcome, place.tracking_uri, place.trust)
     if outcome.progress.phase != "done":
         raise click.exceptions.Exit(130)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from momentum_tuner.cli.comparison_tables import print_verdict
-from momentum_tuner.cli.options import storage_again, tracking_again
+from momentum_tuner.cli.options import storage_again, tracking_again, work_again
 from momentum_tuner.cli.tables import best_table, console
 from momentum_tuner.comparison import compare_study
 from momentum_tuner.database import Database
@@ -12,15 +15,17 @@ from momentum_tuner.launcher import RunOutcome
 from momentum_tuner.tickets import best_settings
 
 
-def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | None) -> None:
+def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | None, trusted: Sequence[str]) -> None:
     """Print what came of a run and what to type next.
 
     Args:
         database: where the study is.
         outcome: how the run ended.
         tracking_uri: the MLflow that shows the runs; None if none does.
+        trusted: what its workers may import.
     """
     out, progress, name = console(), outcome.progress, outcome.study.name
+    say = partial(out.print, markup=False, soft_wrap=True)
     storage = storage_again()
     if progress.phase == "done":
         if outcome.was_complete:
@@ -30,10 +35,10 @@ def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | N
             print_verdict(out, compare_study(database, outcome.study))
     if not outcome.published:
         again = f"momentum-tuner publish {name}{storage}{tracking_again()}"
-        out.print(f"MLflow does not show everything yet; bring it up to date with: {again}", soft_wrap=True)
+        say(f"MLflow does not show everything yet; bring it up to date with: {again}")
     if progress.phase != "done":
-        again = f"momentum-tuner resume {name}{storage}"
-        out.print(f"Stopped at {progress.done} of {progress.tickets} trials. Go on with: {again}", soft_wrap=True)
+        again = f"momentum-tuner resume {name}{work_again(trusted)}"
+        say(f"Stopped at {progress.done} of {progress.tickets} trials. Go on with: {again}")
         return
     lines = {"Paste into your script:": f"momentum-tuner best {name} --format torch{storage}"}
     if outcome.study.spec.confirm.seeds:
@@ -44,4 +49,4 @@ def print_summary(database: Database, outcome: RunOutcome, tracking_uri: str | N
         lines["Browse every run:"] = redact(tracking_uri) if is_server else f"momentum-tuner ui{tracking_again()}"
     lines["Everything is in:"] = database.shown
     for what, where in lines.items():
-        out.print(f"{what:<24} {where}", markup=False, soft_wrap=True)
+        say(f"{what:<24} {where}")

@@ -14,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def _trusted(factory: str, base: Path | None, trusted: Collection[str]) -> _Refe
     reference = _parse(factory, base)
     if not reference.built_in and not _is_trusted(reference, trusted):
         entry = reference.trusted_by
-        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {entry} if it is yours")
+        raise TaskError(f"task.factory {factory!r} is not trusted: add --trust {shlex.quote(entry)} if it is yours")
     return reference
 
 
@@ -354,7 +355,8 @@ def _check_origin(reference: _Reference, build: Callable[..., Any], trusted: Col
     if at_home or f"{module}:{name}" in BUILT_IN.values() or any(_within(module, entry) for entry in trusted):
         return
     raise TaskError(
-        f"task.factory {reference.text!r} is {module}.{name}, which is not trusted: add --trust {module} if it is yours"
+        f"task.factory {reference.text!r} is {module}.{name}, which is not trusted: "
+        f"add --trust {shlex.quote(module)} if it is yours"
     )
 
 
