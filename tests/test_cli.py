@@ -89,9 +89,11 @@ import torch
 from momentum_tuner import Task
 
 class Batches:
+    taken = 0
     def __len__(self): return 5
     def __iter__(self):
         for _ in range(5):
+            self.taken += 1
             if not Path(__file__).with_name("quick").exists(): time.sleep(0.2)
             yield torch.ones(2, 1)
 
@@ -101,12 +103,15 @@ def build():
 """
 
 
+def own_study():
+    return broken(broken(STUDY, "momentum_tuner.tasks:quadratic", "mine.py:build"), ", params: {dim: 4, kappa: 10}", "")
+
+
 def test_what_an_interrupted_run_says_to_type_goes_on_as_it_is_printed(run, start, tmp_path):
     folder = tmp_path / "my studies"
     folder.mkdir()
     (folder / "mine.py").write_text(OWN)
-    own = broken(STUDY, "momentum_tuner.tasks:quadratic", "mine.py:build").replace(", params: {dim: 4, kappa: 10}", "")
-    (folder / "study.yaml").write_text(own)
+    (folder / "study.yaml").write_text(own_study())
     options = ["--storage", "sqlite:///my tuner.db", "--tracking-uri", "sqlite:///my mlflow.db"]
     started = ["run", "my studies/study.yaml", *options, "--checkpoints", "my states", "--workers", "1"]
     process = start(*started)
@@ -250,27 +255,29 @@ def test_secrets_of_urls_are_never_shown(run, tmp_path):
         assert "hunter2" not in found.stdout + found.stderr
 
 
-def test_a_task_that_fails_in_training_is_reported_and_the_study_ends(run, tmp_path):
+def test_a_search_whose_trials_all_failed_is_work_that_failed_and_there_is_nothing_to_paste(run, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import torch\n"
-        "from momentum_tuner import Task\n"
-        "class Batches:\n"
-        "    taken = 0\n"
-        "    def __len__(self): return 5\n"
-        "    def __iter__(self):\n"
-        "        for _ in range(5):\n"
-        "            self.taken += 1\n"
-        "            if self.taken > 8: raise ValueError('the data ran out')\n"
-        "            yield torch.ones(2, 1)\n"
-        "def build():\n"
-        "    def loss(model, batch): return model(batch).square().mean()\n"
-        "    return Task(model=lambda: torch.nn.Linear(1, 1), loss=loss, train=Batches(), valid=[torch.ones(2, 1)])\n"
-    )
-    (tmp_path / "study.yaml").write_text(
-        broken(STUDY, 'quadratic", params: {dim: 4, kappa: 10}', 'build"').replace(
-            "momentum_tuner.tasks:build", "mine.py:build"
+        broken(
+            OWN,
+            'if not Path(__file__).with_name("quick").exists(): time.sleep(0.2)',
+            'if self.taken > 8: raise ValueError("the data ran out")',
         )
     )
+    (tmp_path / "study.yaml").write_text(f"{own_study()}max_attempts: 1\n")
+    options = ["--tracking-uri", "none", "--workers", "1"]
+    for command in (["run", "study.yaml"], ["resume", "small"]):
+        found = run(*command, *options)
+        assert found.returncode == 1, found.stdout + found.stderr
+        error = "Error: all 6 trials of the search failed; the first one: ValueError: the data ran out (mine.py:14)"
+        assert found.stderr.splitlines()[-1] == error
+        assert "Paste into" not in found.stdout
+        assert "momentum-tuner report small" in found.stdout
+        assert "Traceback" not in found.stdout + found.stderr
+
+
+def test_a_search_whose_trials_all_diverged_is_done_and_there_is_nothing_to_paste(run, tmp_path):
+    (tmp_path / "study.yaml").write_text(broken(STUDY, "{low: 0.01, high: 0.1}", "{low: 1000.0, high: 2000.0}"))
     found = run("run", "study.yaml", "--tracking-uri", "none", "--workers", "1")
-    assert "the data ran out" in found.stdout + found.stderr
-    assert "Traceback" not in found.stdout + found.stderr
+    assert found.returncode == 0, found.stderr
+    assert "Paste into" not in found.stdout
+    assert "momentum-tuner report small" in found.stdout

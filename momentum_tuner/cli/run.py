@@ -158,13 +158,14 @@ def _work(
 ) -> None:
     """Bring a study to its end, and show it."""
     from momentum_tuner.cli.progress import ProgressPage
-    from momentum_tuner.cli.summary import print_summary
+    from momentum_tuner.cli.summary import check_not_all_failed, print_summary
     from momentum_tuner.launcher import run_study
 
     outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
     print_summary(database, outcome, place.tracking_uri, place.trust)
     if outcome.progress.phase != "done":
         raise click.exceptions.Exit(130)
+    check_not_all_failed(database, outcome)
 
 
 def _say(line: str) -> None:

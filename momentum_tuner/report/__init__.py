@@ -3,7 +3,7 @@
 from momentum_tuner.report.files import check_ending
 from momentum_tuner.report.page import PAGE_ENDINGS, write_report
 from momentum_tuner.report.publication import Publication, prepare, publication
-from momentum_tuner.report.trials import TABLE_ENDINGS, trials_csv, write_trials
+from momentum_tuner.report.trials import TABLE_ENDINGS, read_trials, trials_csv, write_trials
 
 __all__ = [
     "PAGE_ENDINGS",
@@ -12,6 +12,7 @@ __all__ = [
     "check_ending",
     "prepare",
     "publication",
+    "read_trials",
     "trials_csv",
     "write_report",
     "write_trials",
