@@ -125,6 +125,16 @@ FILES: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "no database yet": ({}, ("status",), "start a study with `momentum-tuner run STUDY.yaml`"),
     "nothing to resume": ({}, ("resume", "small"), "start a study with `momentum-tuner run STUDY.yaml`"),
     "nothing to show": ({}, ("ui",), "there is no MLflow store sqlite:///mlflow.db yet; run a study first"),
+    "no port for the dashboard": (
+        PLAIN,
+        ("ui", "--dashboard", "--port", "65535"),
+        "the dashboard is on the port after --port; name one below 65535",
+    ),
+    "a host of another machine": (
+        {"mlflow.db": ""},
+        ("ui", "--host", "192.0.2.1"),
+        "nothing can listen on 192.0.2.1:5000: Cannot assign requested address; name another --host or --port",
+    ),
     "unknown format": (PLAIN, ("best", "small", "--format", "toml"), "is not one of 'table', 'json', 'yaml', 'torch'"),
 }
 """For each mistake: the files that are there, what is typed, and what the message says to change."""
@@ -132,6 +142,7 @@ FILES: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("momentum_tuner.cli.ui.find_spec", lambda name: name)
     for name in ("MOMENTUM_TUNER_STORAGE", "MOMENTUM_TUNER_CHECKPOINTS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -262,6 +273,29 @@ def test_a_report_is_written_over_no_database_and_no_study_file(folder, held, ar
     assert refused("report", "small", *arguments) == f"Error: {mend}\n"
     shared = "momentum_tuner.db-shm"  # SQLite's memory of who reads
     assert contents(folder) | {shared: b""} == before | {shared: b""}
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "mend"),
+    [
+        (0, (), "port {taken} is taken; name another with --port"),
+        (
+            1,
+            ("--dashboard",),
+            "port {taken} is taken; the dashboard is on the one after --port; name another with --port",
+        ),
+    ],
+)
+def test_a_port_that_is_taken_is_told_and_nobody_is_sent_there(folder, held, monkeypatch, before, options, mend):
+    monkeypatch.setattr("momentum_tuner.cli.ui._run_all", lambda commands: None)
+    (folder / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        found = CliRunner().invoke(cli, ["ui", "--port", str(taken - before), *options])
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr == f"Error: {mend.format(taken=taken)}\n"
+    found = CliRunner().invoke(cli, ["ui", "--port", str(taken)])
+    assert (found.exit_code, found.stdout) == (0, f"MLflow: http://127.0.0.1:{taken}\nCtrl-C stops.\n")
 
 
 def test_servers_that_do_not_run_are_told_with_their_address(folder, held):

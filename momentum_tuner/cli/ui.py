@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,33 +14,41 @@ from importlib.util import find_spec
 import click
 
 from momentum_tuner.cli.options import name_argument, open_database, storage_option, tracking_option
+from momentum_tuner.errors import InputError, MissingExtraError, TrackingError, redact
+
+LAST_PORT = 65535
 
 
 @click.command(epilog="Example: momentum-tuner ui --port 5001")
 @storage_option
 @tracking_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port of the MLflow UI.")
+@click.option(
+    "--port", type=click.IntRange(1, LAST_PORT), default=5000, show_default=True, help="Port of the MLflow UI."
+)
 @click.option("--dashboard", is_flag=True, help="Also start optuna-dashboard, on the next port.")
 def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -> None:
     """The MLflow UI on the right store."""
-    from momentum_tuner.errors import MissingExtraError, TrackingError
     from momentum_tuner.tracking import check_tracking_uri, quiet_mlflow
 
     if dashboard and find_spec("optuna_dashboard") is None:
         raise MissingExtraError("--dashboard needs the extra 'dashboard': pip install 'momentum-tuner[dashboard]'")
+    if dashboard and port == LAST_PORT:
+        raise InputError(f"the dashboard is on the port after --port; name one below {LAST_PORT}")
     quiet_mlflow()
     # MLflow would start eight more processes for jobs, which a view of runs has none of.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     uri = check_tracking_uri(tracking_uri)
     commands: list[list[str]] = []
+    shown: list[str] = []
     if uri.startswith(("http://", "https://")):
-        click.echo(f"MLflow: {uri} is a server already; open it in a browser")
+        shown.append(f"MLflow: {redact(uri)} is a server already; open it in a browser")
     else:
         if uri.startswith("sqlite:///") and not os.path.exists(uri.removeprefix("sqlite:///")):
             raise TrackingError(
                 f"there is no MLflow store {uri} yet; run a study first, or name another --tracking-uri"
             )
+        _check_free(host, port, "name another with --port")
         commands.append(
             [
                 sys.executable,
@@ -55,14 +65,35 @@ def ui(storage: str, tracking_uri: str, host: str, port: int, dashboard: bool) -
                 "1",
             ]
         )
-        click.echo(f"MLflow: http://{host}:{port}")
+        shown.append(f"MLflow: http://{host}:{port}")
     if dashboard:
         database = open_database(storage)
+        _check_free(host, port + 1, "the dashboard is on the one after --port; name another with --port")
         commands.append([_beside_python("optuna-dashboard"), database.text, "--host", host, "--port", str(port + 1)])
-        click.echo(f"Optuna dashboard: http://{host}:{port + 1}")
+        shown.append(f"Optuna dashboard: http://{host}:{port + 1}")
+    for line in shown:
+        click.echo(line)
     if commands:
         click.echo("Ctrl-C stops.")
         _run_all(commands)
+
+
+def _check_free(host: str, port: int, mend: str) -> None:
+    """See that a server could listen there: the address of one that cannot would lead to somebody else's.
+
+    Raises:
+        InputError: it could not.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: one that ended is no hindrance
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} is taken; {mend}") from None
+        reason = error.strerror or error
+        raise InputError(f"nothing can listen on {host}:{port}: {reason}; name another --host or --port") from None
 
 
 def _beside_python(program: str) -> str:
@@ -96,7 +127,6 @@ def publish(name: str, storage: str, tracking_uri: str) -> None:
     """Bring MLflow up to date from the database, or rebuild it where its store was deleted."""
     import uuid
 
-    from momentum_tuner.errors import TrackingError, redact
     from momentum_tuner.tickets import find_study
     from momentum_tuner.tracking import Publisher, check_tracking_uri, short_reason
 
