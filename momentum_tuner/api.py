@@ -145,6 +145,7 @@ class StudyResult:
         progress: how many trials ended in what.
         published: whether MLflow shows everything.
         storage: the URL of the database that holds it.
+        spec: what the study file says.
     """
 
     name: str
@@ -152,12 +153,13 @@ class StudyResult:
     progress: StudyProgress
     published: bool
     storage: str = field(repr=False)
+    spec: StudySpec = field(repr=False)
 
     def torch_lines(self) -> list[str]:
-        """Lines to paste into a training script, best first."""
+        """Lines to paste into a training script, best first, with comments on what else they were tuned with."""
         from momentum_tuner.cli.look import torch_lines
 
-        return torch_lines(self.best)
+        return torch_lines(self.spec, self.best)
 
     def compare(self) -> Comparison:
         """Which optimizer is faster, how stable, how sure."""
@@ -359,7 +361,7 @@ def _work(
         if outcome.progress.phase != "done":
             raise KeyboardInterrupt
         found = tuple(best_settings(database, outcome.study))
-        return StudyResult(name, found, outcome.progress, outcome.published, database.text)
+        return StudyResult(name, found, outcome.progress, outcome.published, database.text, outcome.study.spec)
     finally:
         database.close()
 

@@ -137,6 +137,24 @@ def torch_line(optimizer: str, settings: Mapping[str, float]) -> str | None:
     return line
 
 
+def torch_notes(spec: StudySpec, optimizer: str, settings: Mapping[str, float]) -> list[str]:
+    """Comments to stand under `torch_line`: what a trial trained with that is not the optimizer's.
+
+    A batch size that was searched, without which the learning rate says little, and a schedule that changes it.
+    """
+    notes = []
+    if BATCH_SIZE in settings and isinstance(spec.hyperparameters(optimizer).get(BATCH_SIZE), Range | tuple):
+        notes.append(f"# {BATCH_SIZE}={settings[BATCH_SIZE]:g}")
+    schedule = spec.schedule
+    options = dict(schedule.options)
+    if schedule.warmup_epochs:
+        options |= {"warmup_epochs": schedule.warmup_epochs, "warmup_start": schedule.warmup_start}
+    if schedule.name != "constant" or schedule.warmup_epochs:
+        values = [f"{name}={value:.6g}" for name, value in options.items()]
+        notes.append(f"# schedule: {', '.join([f'{schedule.name} over {spec.budget.epochs} epochs', *values])}")
+    return notes
+
+
 def _distribution(name: str, setting: Range | tuple[float, ...]) -> BaseDistribution:
     if isinstance(setting, tuple):
         return CategoricalDistribution(setting)

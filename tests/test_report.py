@@ -156,6 +156,30 @@ def test_the_command_writes_both_and_says_where(finished, tmp_path, monkeypatch)
     assert (tmp_path / "t.csv").exists()
 
 
+def test_what_is_pasted_says_with_which_batch_size_and_schedule_it_was_tuned(sqlite_database, make_spec, tmp_path):
+    spec = make_spec(
+        name="noted",
+        optimizers=["sgd", "momentum_classic"],
+        space={"batch_size": [32, 64]},
+        schedule={"name": "cosine"},
+        confirm={"seeds": 0},
+    )
+    made = Recorded(sqlite_database, spec)
+    made.search("sgd", 0.5, 0.25, batch_size=32)
+    made.search("momentum_classic", 0.6, 0.125, 0.5, batch_size=64)
+    schedule = "# schedule: cosine over 20 epochs, final_fraction=0"
+    run = CliRunner().invoke(cli, ["best", "noted", "--format", "torch", "--storage", sqlite_database.text])
+    assert run.output.splitlines() == [
+        "torch.optim.SGD(model.parameters(), lr=0.25)",
+        "# batch_size=32",
+        schedule,
+        "# momentum_classic is not in torch.optim: learning_rate=0.125, clip_norm=inf, batch_size=64, momentum=0.5",
+        schedule,
+    ]
+    page = written(sqlite_database, "noted", tmp_path)
+    assert f"torch.optim.SGD(model.parameters(), lr=0.25)  # sgd\n# batch_size=32\n{schedule}\n" in page
+
+
 def test_a_task_with_data_is_not_loaded_for_a_landscape_that_it_has_not(
     sqlite_database, make_spec, tmp_path, monkeypatch
 ):

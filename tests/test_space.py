@@ -10,7 +10,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from momentum_tuner.catalog import HYPERPARAMETERS, OPTIMIZERS
-from momentum_tuner.space import distributions, grid, params_of, settings, torch_line
+from momentum_tuner.space import distributions, grid, params_of, settings, torch_line, torch_notes
 from momentum_tuner.spec import StudySpec
 
 
@@ -244,6 +244,38 @@ def test_every_point_of_a_random_grid_is_inside_its_distributions(seed):
 )
 def test_the_line_for_torch(optimizer, values, line):
     assert torch_line(optimizer, values) == f"torch.optim.{line}"
+
+
+@pytest.mark.parametrize(
+    ("sections", "notes"),
+    [
+        ({"fixed": {"batch_size": 32}}, []),
+        ({"space": {"batch_size": [16, 32]}}, ["# batch_size=32"]),
+        ({"space": {"batch_size": {"low": 8, "high": 256, "log": True}}}, ["# batch_size=32"]),
+        (
+            {"schedule": {"name": "one_cycle"}, "space": {"batch_size": [16, 32]}},
+            [
+                "# batch_size=32",
+                "# schedule: one_cycle over 20 epochs, peak_fraction=0.3, div_factor=25, final_div_factor=10000, "
+                "base_momentum_fraction=0.894737",
+            ],
+        ),
+        (
+            {"schedule": {"name": "cosine", "warmup_epochs": 2}},
+            ["# schedule: cosine over 20 epochs, final_fraction=0, warmup_epochs=2, warmup_start=0.1"],
+        ),
+        (
+            {"schedule": {"warmup_epochs": 1.5}},
+            ["# schedule: constant over 20 epochs, warmup_epochs=1.5, warmup_start=0.1"],
+        ),
+    ],
+)
+def test_what_else_a_setting_was_tuned_with_is_noted_where_it_was_searched_or_is_not_constant(
+    make_spec, sections, notes
+):
+    spec = make_spec(optimizers=["sgd"], budget={"trials": 4, "epochs": 20}, confirm={"seeds": 2}, **sections)
+    for contestant in ("sgd", "momentum_0.9"):
+        assert torch_notes(spec, contestant, {"learning_rate": 0.1, "batch_size": 32}) == notes
 
 
 @pytest.mark.parametrize("optimizer", ["momentum_classic", "nesterov_lookahead"])

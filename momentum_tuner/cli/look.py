@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from momentum_tuner.database import Database
+    from momentum_tuner.spec import StudySpec
     from momentum_tuner.tickets import BestSetting, StudyRecord
 
 WATCH_SECONDS = 1.0
@@ -138,7 +139,7 @@ def best(name: str, form: str, storage: str) -> None:
 
         click.echo(yaml.safe_dump([b.flat() for b in found], sort_keys=False).rstrip())
     elif form == "torch":
-        for line in torch_lines(found):
+        for line in torch_lines(study.spec, found):
             click.echo(line)
     else:
         from momentum_tuner.cli.tables import best_table, console
@@ -147,14 +148,15 @@ def best(name: str, form: str, storage: str) -> None:
         out.print(best_table(study_progress(database, study), found, out.width))
 
 
-def torch_lines(found: Sequence[BestSetting]) -> list[str]:
-    """Lines to paste, best first; an optimizer that torch has not is named in a comment."""
-    from momentum_tuner.space import torch_line
+def torch_lines(spec: StudySpec, found: Sequence[BestSetting]) -> list[str]:
+    """Lines to paste, best first, with comments; an optimizer that torch has not is named in one."""
+    from momentum_tuner.space import torch_line, torch_notes
 
     lines = []
     for b in found:
         line = torch_line(b.optimizer, b.settings)
         lines.append(line or f"# {b.optimizer} is not in torch.optim: {_plain(b.settings)}")
+        lines += torch_notes(spec, b.optimizer, b.settings if line else {})
     return lines
 
 

@@ -15,7 +15,8 @@ from momentum_tuner.report.figures.landscape import colour_span, stability_figur
 from momentum_tuner.report.figures.paths import paths_figure
 from momentum_tuner.report.figures.working import timeline
 from momentum_tuner.report.words import target_words
-from momentum_tuner.space import torch_line
+from momentum_tuner.space import torch_line, torch_notes
+from momentum_tuner.spec import StudySpec
 from momentum_tuner.tickets import BestSetting
 from momentum_tuner.tracking.runs import short_momentum
 
@@ -76,7 +77,9 @@ def _best(evidence: Evidence) -> Section:
     if not evidence.best:
         return Section("best", "Best settings", lead)
     ranked = _ranked(evidence)
-    return Section("best", "Best settings", lead, tables=[best_table(evidence, ranked)], lines=torch_lines(ranked))
+    return Section(
+        "best", "Best settings", lead, tables=[best_table(evidence, ranked)], lines=torch_lines(evidence.spec, ranked)
+    )
 
 
 def _without_best(evidence: Evidence) -> list[str]:
@@ -84,8 +87,8 @@ def _without_best(evidence: Evidence) -> list[str]:
     return [o for o in evidence.spec.contestants if o not in there]
 
 
-def torch_lines(best: Sequence[BestSetting]) -> list[str]:
-    """A line of Python for each setting; an optimizer that torch has not is named in a comment."""
+def torch_lines(spec: StudySpec, best: Sequence[BestSetting]) -> list[str]:
+    """A line of Python for each setting, with comments; an optimizer that torch has not is named in one."""
     lines = []
     for b in best:
         plain = ", ".join(f"{name}={shown(value, 6)}" for name, value in b.settings.items())
@@ -95,6 +98,7 @@ def torch_lines(best: Sequence[BestSetting]) -> list[str]:
         else:
             first, *more = line.splitlines()
             lines += [f"{first}  # {b.optimizer}", *more]
+        lines += torch_notes(spec, b.optimizer, b.settings if line else {})
     return lines
 
 
