@@ -425,6 +425,26 @@ MISTAKES = [
         "objective.second.direction: 'minimise' is not known; did you mean 'minimize'? (allowed: minimize, maximize)",
     ),
     (
+        {"objective": "{metric: valid_accuracy}"},
+        "objective.direction: is missing; write {metric: valid_accuracy, direction: maximize}, "
+        "or minimize if less is better",
+    ),
+    (
+        {"objective": "[valid_accuracy, oscillation]"},
+        "objective.direction: is missing; write {metric: valid_accuracy, direction: maximize}, "
+        "or minimize if less is better",
+    ),
+    (
+        {"objective": "[valid_loss, valid_f1]"},
+        "objective.second.direction: is missing; write {metric: valid_f1, direction: maximize}, "
+        "or minimize if less is better",
+    ),
+    (
+        {"objective": "valid_accuracy"},
+        "objective: 'valid_accuracy' is not allowed; it must be a mapping such as {metric: valid_loss, direction: "
+        "minimize}, or a list of two",
+    ),
+    (
         {"objective": "[steps_to_target, oscillation]"},
         "target: 'auto' is known only after the search, and objective aims at it; write a number",
     ),

@@ -164,7 +164,10 @@ def _read_option(key: str, value: object, mistakes: list[InitErrorDetails]) -> f
 
 
 class Aim(Section):
-    """One measure, and whether less or more of it is better; `valid_loss` means its best value over the epochs."""
+    """One measure, and whether less or more of it is better; `valid_loss` means its best value over the epochs.
+
+    Less, where nothing is said, of all but a metric of the task's own.
+    """
 
     metric: str = Field(
         default="valid_loss",
@@ -174,6 +177,14 @@ class Aim(Section):
     direction: Annotated[Literal["minimize", "maximize"], BeforeValidator(one_of(("minimize", "maximize")))] = (
         "minimize"
     )
+
+    @model_validator(mode="after")
+    def _direction_of_an_own_metric(self) -> Self:
+        """Of a loss less is better; of a task's own metric nobody knows: accuracy is not to be minimized unasked."""
+        if self.metric not in OBJECTIVES and "direction" not in self.model_fields_set:
+            text = f"is missing; write {{metric: {self.metric}, direction: maximize}}, or minimize if less is better"
+            refuse([mistake(("direction",), text)])
+        return self
 
     @property
     def maximize(self) -> bool:
