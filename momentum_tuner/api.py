@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from momentum_tuner.cli import options
 from momentum_tuner.database import Database
 from momentum_tuner.errors import InputError, TaskError
-from momentum_tuner.launcher import Page, RunOutcome, TaskCheck, Workplace, join_study, own_trust, put_study, run_study
+from momentum_tuner.launcher import (
+    Page,
+    RunOutcome,
+    TaskCheck,
+    Workplace,
+    check_placing,
+    join_study,
+    own_trust,
+    put_study,
+    run_study,
+)
 from momentum_tuner.spec import StudySpec, check_study, load_study
 from momentum_tuner.tasks import is_loading
 from momentum_tuner.tickets import BestSetting, StudyProgress, StudyRecord, best_settings, find_study
@@ -382,6 +392,7 @@ def _workplace(
     if engine not in ("local", "ray"):
         raise InputError(f"engine {engine!r}: write local or ray")
     uri = tracking_uri or os.environ.get(options.TRACKING_VARIABLE) or options.DEFAULT_TRACKING
+    check_placing(str(workers), device, engine, ray_address, gpus_per_worker)
     url = checkpoints or os.environ.get(options.CHECKPOINTS_VARIABLE)
     return Workplace(
         tracking_uri=options.parse_tracking_uri(uri),

@@ -81,6 +81,14 @@ def test_a_number_of_workers_that_is_none_is_refused(machine, workers):
         plan_workers(workers, "cpu")
 
 
+def test_more_workers_than_a_machine_bears_are_refused(machine):
+    machine(gpus=0)
+    assert len(plan_workers("256", "cpu")) == 256
+    for number in ("257", "100000"):
+        with pytest.raises(InputError, match=f"--workers {number}: write 256 or less, or auto"):
+            plan_workers(number, "cpu")
+
+
 def test_cores_are_those_this_process_may_use():
     assert devices.available_cores() == len(os.sched_getaffinity(0))
 

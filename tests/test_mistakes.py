@@ -114,6 +114,11 @@ FILES: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
     "no GPU": (PLAIN, (*RUN, "--device", "cuda:7"), "use --device cpu, or see `nvidia-smi`"),
     "unknown device": (PLAIN, (*RUN, "--device", "tpu"), "write auto, cpu, cuda, cuda:1 or cuda:0,2"),
     "no worker": (PLAIN, ("run", "study.yaml", "--workers", "0"), "--workers '0': write a number above 0, or auto"),
+    "too many workers": (
+        PLAIN,
+        (*RUN, "--checkpoints", "states", "--workers", "100000"),
+        "--workers 100000: write 256 or less, or auto; more run on other machines",
+    ),
     "no slots": (PLAIN, (*RUN, "--slots", "x"), "--slots 'x': write a number above 0, or auto"),
     "Ray's option without Ray": (PLAIN, (*RUN, "--ray-address", "auto"), "need --engine ray"),
     "MLflow's old file store": (
@@ -208,6 +213,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+COMPLETE = "UPDATE tuner_studies SET phase = 'done'"
 HELD: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no such study": (("status", "big"), "", "no study 'big' in sqlite:///{folder}/momentum_tuner.db: it holds small"),
     "no such study to resume": (("resume", "big"), "", "it holds small"),
@@ -233,6 +239,22 @@ HELD: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("status", "small"),
         "UPDATE momentum_tuner_version SET version_num = '9999'",
         "upgrade this one: pip install -U momentum-tuner",
+    ),
+    "no worker for a complete study": (
+        (*RUN, "--workers", "0"),
+        COMPLETE,
+        "--workers '0': write a number above 0, or auto",
+    ),
+    "too many workers for a complete study": (
+        (*RUN, "--workers", "100000"),
+        COMPLETE,
+        "--workers 100000: write 256 or less, or auto; more run on other machines",
+    ),
+    "no GPU for a complete study": ((*RUN, "--device", "cuda:7"), COMPLETE, "use --device cpu, or see `nvidia-smi`"),
+    "Ray's option without Ray on a complete study": (
+        ("resume", "small", "--gpus-per-worker", "0.5"),
+        COMPLETE,
+        "--ray-address and --gpus-per-worker need --engine ray",
     ),
     "no such trial": (
         ("replay", "small", "sgd", "7"),

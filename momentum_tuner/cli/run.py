@@ -56,8 +56,9 @@ class WorkerArguments:
 
     def workplace(self, database: Database, *trusted: str) -> Workplace:
         """Where and how workers run, which may import `trusted` too."""
-        from momentum_tuner.launcher import Workplace
+        from momentum_tuner.launcher import Workplace, check_placing
 
+        check_placing(self.workers, self.device, self.engine, self.ray_address, self.gpus_per_worker)
         return Workplace(
             tracking_uri=parse_tracking_uri(self.tracking_uri),
             checkpoints=parse_checkpoints(self.checkpoints, database),

@@ -1,6 +1,6 @@
 """Studies put into the database, and workers on them as local processes."""
 
-from momentum_tuner.launcher.devices import plan_workers, resolve_devices
+from momentum_tuner.launcher.devices import check_placing, plan_workers, resolve_devices
 from momentum_tuner.launcher.local import LocalWorkers, WorkerFailure
 from momentum_tuner.launcher.running import Page, RunOutcome, Workplace, run_study, serve_studies
 from momentum_tuner.launcher.submitting import (
@@ -20,6 +20,7 @@ __all__ = [
     "TaskCheck",
     "WorkerFailure",
     "Workplace",
+    "check_placing",
     "join_study",
     "known_study",
     "load_checked_task",

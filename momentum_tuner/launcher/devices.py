@@ -10,6 +10,8 @@ from momentum_tuner.errors import DeviceError, InputError
 from momentum_tuner.fork_server import may_have_gpu
 
 MOST_CPU_WORKERS = 8
+MOST_WORKERS = 256
+"""On one machine: each is a process with a copy of the task, and an answer from the database to wait for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def plan_workers(workers: str, device: str) -> list[Placement]:
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `cuda:0,2`.
 
     Raises:
-        InputError: `workers` is not a number above 0.
+        InputError: `workers` is not a number from 1 to 256.
         DeviceError: the device is unknown or not on this machine.
     """
     devices = resolve_devices(device)
@@ -42,10 +44,34 @@ def plan_workers(workers: str, device: str) -> list[Placement]:
         count = min(cores, MOST_CPU_WORKERS) if devices == ["cpu"] else len(devices)
     elif workers.isdecimal() and int(workers) > 0:
         count = int(workers)
+        if count > MOST_WORKERS:
+            raise InputError(f"--workers {workers}: write {MOST_WORKERS} or less, or auto; more run on other machines")
     else:
         raise InputError(f"--workers {workers!r}: write a number above 0, or auto")
     chosen = [devices[i % len(devices)] for i in range(count)]
     return [Placement(name, chosen.count(name), max(1, cores // count) if name == "cpu" else None) for name in chosen]
+
+
+def check_placing(
+    workers: str, device: str, engine: str, ray_address: str | None, gpus_per_worker: float | None
+) -> None:
+    """See that options of workers can be meant, for a study that may need none; Ray sees to its own.
+
+    Args:
+        workers: `--workers`.
+        device: `--device`; torch is asked only where it names a GPU.
+        engine: `--engine`.
+        ray_address: `--ray-address`.
+        gpus_per_worker: `--gpus-per-worker`.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if engine == "ray":
+        return
+    if ray_address is not None or gpus_per_worker is not None:
+        raise InputError("--ray-address and --gpus-per-worker need --engine ray")
+    plan_workers(workers, "cpu" if device == "auto" else device)
 
 
 def resolve_devices(device: str) -> list[str]:
