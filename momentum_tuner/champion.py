@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from momentum_tuner.database import Database
 from momentum_tuner.errors import StudyFailedError, TaskError, TrackingError, TrialNotFoundError, describe_failure
 from momentum_tuner.replay import replay_trial
+from momentum_tuner.spec import unknown
 from momentum_tuner.tasks import Loop, Task
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, find_trial
 from momentum_tuner.tracking import check_tracking_uri, is_refusal, quiet_mlflow, short_reason
@@ -79,7 +80,7 @@ def register_champion(
         after_epoch: told of each epoch, and of the last one there will be.
 
     Raises:
-        TrialNotFoundError: no trial has run its whole budget.
+        TrialNotFoundError: the study does not train that optimizer, or no trial has run its whole budget.
         TrackingError: MLflow does not answer, or has no run of the trial.
         TaskError: the task has no model that can be exported.
         StudyFailedError: what is trained now is not what was recorded.
@@ -112,6 +113,8 @@ def register_champion(
 
 
 def _best(database: Database, study: StudyRecord, optimizer: str | None) -> BestSetting:
+    if optimizer is not None and optimizer not in study.spec.contestants:
+        raise TrialNotFoundError(f"study {study.name!r}: {unknown(optimizer, study.spec.contestants)}")
     found = best_settings(database, study, contestants=optimizer is not None)
     if optimizer is not None:
         found = [best for best in found if best.optimizer == optimizer]

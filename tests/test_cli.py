@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import signal
@@ -36,6 +37,7 @@ def start(tmp_path):
             [sys.executable, "-m", "momentum_tuner", *arguments],
             cwd=tmp_path,
             env={**mine, "PYTHONPATH": os.getcwd(), "COLUMNS": "120", **(environment or {})},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -48,10 +50,10 @@ def start(tmp_path):
 def run(start):
     """Runs the command line to its end."""
 
-    def run(*arguments, environment=None):
+    def run(*arguments, environment=None, answers=""):
         process = start(*arguments, environment=environment)
         try:
-            out, error = process.communicate(timeout=120)
+            out, error = process.communicate(answers, timeout=120)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
@@ -239,11 +241,35 @@ def test_delete_asks_and_removes_the_study_from_our_tables_and_optunas(run, tmp_
     assert found.returncode == 0, found.stderr
     storage = f"sqlite:///{tmp_path / 'momentum_tuner.db'}"
     assert len(optuna.get_all_study_names(storage)) == 2
-    assert run("delete", "small").returncode == 130  # no answer on standard input
+    found = run("delete", "small")  # no answer on standard input
+    assert found.returncode == 2
+    assert found.stderr == (
+        "Error: small is not removed, as nobody answers; use --yes to remove it without being asked\n"
+    )
+    found = run("delete", "small", answers="n\n")
+    assert (found.returncode, found.stderr) == (1, "small is not removed.\n")
     assert len(optuna.get_all_study_names(storage)) == 2
-    assert run("delete", "small", "--yes").returncode == 0
+    assert run("delete", "small", answers="y\n").returncode == 0
     assert optuna.get_all_study_names(storage) == []
     assert run("status", "small").returncode == 2
+
+
+def test_submit_counts_the_trials_that_status_counts(run, tmp_path):
+    (tmp_path / "study.yaml").write_text(broken(STUDY, "confirm: {seeds: 0}", "confirm: {seeds: 2}"))
+    said = run("submit", "study.yaml").stdout.splitlines()[0]
+    assert said.startswith("Submitted small: 9 trials (sgd, momentum, momentum_0.9) in sqlite:///")
+    status = json.loads(run("status", "small", "--json").stdout)
+    assert sum(o["tickets"] for o in status["optimizers"]) + status["reference"]["tickets"] == 9
+
+
+@pytest.mark.parametrize("arguments", [["status", "small"], ["status", "small", "--json"], ["compare", "small"]])
+def test_a_reader_who_has_seen_enough_is_no_failure(start, run, tmp_path, arguments):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    assert run("submit", "study.yaml").returncode == 0
+    with start(*arguments) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
 
 
 def test_secrets_of_urls_are_never_shown(run, tmp_path):

@@ -140,6 +140,16 @@ FILES: dict[str, tuple[dict[str, str], tuple[str, ...], str]] = {
         ("ui", "--host", "192.0.2.1"),
         "nothing can listen on 192.0.2.1:5000: Cannot assign requested address; name another --host or --port",
     ),
+    "a tolerance that is no number": (
+        PLAIN,
+        ("replay", "small", "sgd", "0", "--tolerance", "nan"),
+        "Invalid value for '--tolerance': nan allows any difference; write a number such as 1e-3.",
+    ),
+    "a tolerance without end": (
+        PLAIN,
+        ("replay", "small", "sgd", "0", "--tolerance", "inf"),
+        "Invalid value for '--tolerance': inf allows any difference; write a number such as 1e-3.",
+    ),
     "unknown format": (PLAIN, ("best", "small", "--format", "toml"), "is not one of 'table', 'json', 'yaml', 'torch'"),
 }
 """For each mistake: the files that are there, what is typed, and what the message says to change."""
@@ -262,6 +272,11 @@ HELD: dict[str, tuple[tuple[str, ...], str, str]] = {
         "no trial 7 of sgd in the search of 'small'; it has none yet",
     ),
     "no such optimizer": (("replay", "small", "sdg", "0"), "", "did you mean 'sgd'?"),
+    "no such optimizer to register": (
+        ("register", "small", "foo"),
+        "",
+        "study 'small': 'foo' is not known (allowed: sgd, momentum)",
+    ),
     "a trial that is no number": (("replay", "small", "sgd", "best"), "", "is not a valid integer"),
 }
 """For each mistake: what is typed, what is done to the database before, and what the message says to change."""

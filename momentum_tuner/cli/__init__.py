@@ -46,9 +46,12 @@ class LazyGroup(click.Group):
     """Imports a command's module only when that command is used, and ends errors in one line with their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does; errors of momentum-tuner become errors of click."""
+        """As click does; errors of momentum-tuner become errors of click, and a reader who has seen enough is none."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # not left to click, which exits with 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except MomentumTunerError as error:
             raise Refusal(error) from error
 
@@ -112,7 +115,4 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     leave(code if isinstance(code, int) else 0)

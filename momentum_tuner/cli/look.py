@@ -17,6 +17,7 @@ from momentum_tuner.cli.options import (
     storage_again,
     storage_option,
 )
+from momentum_tuner.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,7 +169,6 @@ def torch_lines(spec: StudySpec, found: Sequence[BestSetting]) -> list[str]:
 def delete(name: str, storage: str, checkpoints: str | None, yes: bool) -> None:
     """Remove a study, its trials, their checkpoints and its Optuna studies, after asking. Runs in MLflow stay."""
     from momentum_tuner.checkpoints import CheckpointStore
-    from momentum_tuner.errors import InputError
     from momentum_tuner.search import delete_optuna_studies
     from momentum_tuner.tickets import delete_study, find_study, study_progress
 
@@ -179,13 +179,27 @@ def delete(name: str, storage: str, checkpoints: str | None, yes: bool) -> None:
     alive = [w.id for w in progress.workers if w.state == "running"]
     if alive:
         raise InputError(f"{len(alive)} worker(s) still work on {name!r} ({', '.join(alive)}); stop them first")
-    if not yes:
-        click.confirm(f"Remove study {name!r} with {progress.done} finished trials?", abort=True)
+    if not yes and not _confirmed(name, progress.done):
+        click.echo(f"{name} is not removed.", err=True)
+        click.get_current_context().exit(1)
     delete_optuna_studies(database, study.spec)
     delete_study(database, study.id)
     if place is not None:
         CheckpointStore(place).remove_folder(study.checkpoint_folder)
     click.echo(f"Removed {name}. Its runs in MLflow stay there.")
+
+
+def _confirmed(name: str, done: int) -> bool:
+    """Whether the user wants that study removed."""
+    try:
+        return click.confirm(f"Remove study {name!r} with {done} finished trials?")
+    except click.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        click.echo()
+        raise InputError(
+            f"{name} is not removed, as nobody answers; use --yes to remove it without being asked"
+        ) from None
 
 
 def _plain(settings: Any) -> str:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 MOST_ROWS = 25
 
 
+def _finite(_: click.Context, __: click.Parameter, tolerance: float) -> float:
+    """A tolerance that some difference is beyond."""
+    if not math.isfinite(tolerance):
+        raise click.BadParameter(f"{tolerance} allows any difference; write a number such as 1e-3.")
+    return tolerance
+
+
 @click.command(epilog="Example: momentum-tuner replay digits-mlp momentum 12")
 @name_argument
 @click.argument("optimizer", shell_complete=complete_optimizer)
@@ -34,6 +41,7 @@ MOST_ROWS = 25
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0.0, min_open=True),
+    callback=_finite,
     default=1e-3,
     show_default=True,
     help="The largest relative difference of a loss that rounding explains.",

@@ -22,8 +22,10 @@ from momentum_tuner.cli.options import (
     storage_again,
     storage_option,
     trust_again,
+    work_again,
     worker_options,
 )
+from momentum_tuner.errors import StudyFailedError
 from momentum_tuner.fork_server import early_server
 
 if TYPE_CHECKING:
@@ -115,12 +117,14 @@ def submit(study_file: Path, storage: str) -> None:
     """Put the study into the database and return; workers anywhere take it from there."""
     from momentum_tuner.database import Database
     from momentum_tuner.launcher import put_study, read_study
+    from momentum_tuner.tickets import study_progress
 
     spec, folder, mine = read_study(study_file)
     database = Database(storage)
     study = put_study(database, spec, folder, mine)
-    trials = spec.budget.trials * len(spec.optimizers)
-    click.echo(f"Submitted {study.name}: {trials} trials ({', '.join(spec.optimizers)}) in {database.shown}.")
+    progress = study_progress(database, study)
+    trials = progress.tickets - progress.confirm.tickets
+    click.echo(f"Submitted {study.name}: {trials} trials ({', '.join(spec.contestants)}) in {database.shown}.")
     click.echo(f"Serve it with: momentum-tuner worker {study.name}{storage_again()}{trust_again(mine)}")
 
 
@@ -162,7 +166,13 @@ def _work(
     from momentum_tuner.cli.summary import check_not_all_failed, print_summary
     from momentum_tuner.launcher import run_study
 
-    outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
+    try:
+        outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
+    except BrokenPipeError:
+        again = f"momentum-tuner resume {name}{work_again(place.trust)}"
+        raise StudyFailedError(
+            f"nobody reads what is printed any more, so the workers ended; go on with: {again}"
+        ) from None
     print_summary(database, outcome, place.tracking_uri, place.trust)
     if outcome.progress.phase != "done":
         raise click.exceptions.Exit(130)

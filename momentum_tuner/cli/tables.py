@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,21 @@ WIDE = 100
 """Columns of a terminal that has room for everything."""
 
 
+class _Console(Console):
+    """Rich's, but whoever runs the command decides what it means that nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich makes this console and standard output silent, and would exit with 1."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads what is printed") from None
+
+
 def console(stderr: bool = False) -> Console:
     """A console that keeps its lines whole where its output goes to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
+    return _Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
 
 
 def setting_text(settings: Mapping[str, Any]) -> str:

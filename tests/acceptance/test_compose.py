@@ -424,7 +424,7 @@ def test_three_workers_complete_a_study_though_one_is_killed_and_one_is_drained(
     wait_until(lambda: records.rows(came) == [(3,)], 120, "not all workers came", machine)
     (submit,) = [words for words in readme_commands() if "submit" in words]
     assert submit[:4] == ["docker", "compose", "exec", "worker"]
-    assert f"Submitted digits-mlp: {3 * TRIALS} trials" in machine.execute("worker", submit[4:]).stdout
+    assert f"Submitted digits-mlp: {4 * TRIALS} trials" in machine.execute("worker", submit[4:]).stdout
 
     wait_until(lambda: all(worker_of(w, records) for w in workers), 120, "a worker holds nothing", machine)
     first, killed, drained = workers
