@@ -272,6 +272,19 @@ def test_a_reader_who_has_seen_enough_is_no_failure(start, run, tmp_path, argume
     assert (process.returncode, said) == (0, "")
 
 
+def test_a_run_that_nobody_reads_on_is_not_said_to_be_done(start, run, tmp_path):
+    (tmp_path / "study.yaml").write_text(STUDY)
+    with start("run", "study.yaml", "--tracking-uri", "none", "--workers", "1") as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (
+        1,
+        "Error: nobody reads what is printed any more, so the workers ended; go on with: "
+        "momentum-tuner resume small --tracking-uri none --workers 1\n",
+    )
+    assert run(*shlex.split(said)[-6:]).returncode == 0
+
+
 def test_secrets_of_urls_are_never_shown(run, tmp_path):
     (tmp_path / "study.yaml").write_text(STUDY)
     environment = {"MOMENTUM_TUNER_STORAGE": "postgresql://anna:hunter2@127.0.0.1:1/d"}
