@@ -104,12 +104,16 @@ def test_what_cannot_be_registered_says_why(sqlite_database, trained):
     study, uri = trained(QUADRATIC, publish=False)
     with pytest.raises(TrackingError, match="no run of that trial; type: momentum-tuner publish digits-mlp"):
         register_champion(sqlite_database, study, uri)
-    with pytest.raises(TrialNotFoundError, match="no trial of adam of 'digits-mlp' has run its whole budget yet"):
+    with pytest.raises(TrialNotFoundError, match=r"study 'digits-mlp': 'adam' is not known \(allowed: momentum\)"):
         register_champion(sqlite_database, study, uri, optimizer="adam")
     with sqlite_database.write() as session:
         session.execute(sa.update(Ticket).values(run_id="r"))  # as of another MLflow
     with pytest.raises(TrackingError, match="no run of that trial; type: momentum-tuner publish digits-mlp"):
         register_champion(sqlite_database, study, uri)
+    with sqlite_database.write() as session:
+        session.execute(sa.update(Ticket).values(outcome="pruned"))
+    with pytest.raises(TrialNotFoundError, match="no trial of momentum of 'digits-mlp' has run its whole budget yet"):
+        register_champion(sqlite_database, study, uri, optimizer="momentum")
 
 
 def test_a_model_without_an_input_is_not_registered(sqlite_database, trained):
