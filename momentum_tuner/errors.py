@@ -79,6 +79,10 @@ class StudyFailedError(MomentumTunerError):
     """The study could not be brought to its end."""
 
 
+class WorkersEndedError(StudyFailedError):
+    """The workers of a study ended before it was done, which can go on."""
+
+
 class TrialError(Exception):
     """A trial cannot go on, for the reason that the message says in full."""
 

@@ -25,7 +25,7 @@ from momentum_tuner.cli.options import (
     work_again,
     worker_options,
 )
-from momentum_tuner.errors import StudyFailedError
+from momentum_tuner.errors import StudyFailedError, WorkersEndedError
 from momentum_tuner.fork_server import early_server
 
 if TYPE_CHECKING:
@@ -166,13 +166,13 @@ def _work(
     from momentum_tuner.cli.summary import check_not_all_failed, print_summary
     from momentum_tuner.launcher import run_study
 
+    again = f"go on with: momentum-tuner resume {name}{work_again(place.trust)}"
     try:
         outcome = run_study(database, name, place, submit_it, ProgressPage(database, name), server)
     except BrokenPipeError:
-        again = f"momentum-tuner resume {name}{work_again(place.trust)}"
-        raise StudyFailedError(
-            f"nobody reads what is printed any more, so the workers ended; go on with: {again}"
-        ) from None
+        raise StudyFailedError(f"nobody reads what is printed any more, so the workers ended; {again}") from None
+    except WorkersEndedError as error:
+        raise StudyFailedError(f"{error}; {again}") from None
     print_summary(database, outcome, place.tracking_uri, place.trust)
     if outcome.progress.phase != "done":
         raise click.exceptions.Exit(130)

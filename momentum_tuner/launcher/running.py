@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from momentum_tuner.database import Database
-from momentum_tuner.errors import InputError, StudyFailedError
+from momentum_tuner.errors import InputError, StudyFailedError, WorkersEndedError
 from momentum_tuner.fork_server import ForkServer
-from momentum_tuner.launcher.devices import plan_workers
+from momentum_tuner.launcher.devices import check_placing, plan_workers
 from momentum_tuner.launcher.local import LocalWorkers
 from momentum_tuner.launcher.submitting import TaskCheck, known_study, load_checked_task
 from momentum_tuner.tickets import StudyProgress, StudyRecord, study_progress
@@ -143,9 +143,7 @@ def run_study(
         published = workers.finish_publishing(PUBLISH_SECONDS)
     if progress.phase != "done" and not signals.came:
         raise_failures(workers)
-        raise StudyFailedError(
-            f"the workers ended at {progress.done} of {progress.tickets} trials; try: momentum-tuner resume {name}"
-        )
+        raise WorkersEndedError(f"the workers ended at {progress.done} of {progress.tickets} trials")
     return RunOutcome(study, progress, False, signals.came > 0, published)
 
 
@@ -210,8 +208,7 @@ def make_workers(
 
         placing = RayOptions(place.ray_address, place.workers, place.device, place.gpus_per_worker)
         return RayWorkers(database, options, placing, say, place.log_level)
-    if place.ray_address is not None or place.gpus_per_worker is not None:
-        raise InputError("--ray-address and --gpus-per-worker need --engine ray")
+    check_placing(place.workers, place.device, place.engine, place.ray_address, place.gpus_per_worker)
     return LocalWorkers(database, options, plan_workers(place.workers, place.device), say, place.log_level, server)
 
 

@@ -132,6 +132,19 @@ def test_a_signal_to_all_processes_at_once_gives_trials_back_too(shell, short_st
     assert held and all(row == ("open", 0, None, 1) for row in held), held
 
 
+def test_where_the_workers_alone_are_asked_to_end_the_command_says_how_to_go_on(shell, short_study):
+    process = shell.start("run", short_study, "--workers", "2", *QUICK, "--tracking-uri", "none")
+    wait_for(shell, process, done=10)
+    (server,) = psutil.Process(process.pid).children()
+    for worker in server.children():
+        worker.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 1, out + error
+    assert re.search(r"Error: the workers ended at \d+ of 64 trials; go on with: momentum-tuner resume ", error), error
+    assert error.endswith(" digits-mlp --tracking-uri none --workers 2 --compile off --slots 8\n")
+    assert all(row == ("open", 0, None, 1) for row in held_tickets(shell))
+
+
 def test_a_second_ctrl_c_ends_all_at_once(shell, short_study):
     process = shell.start("run", short_study, "--workers", "2", *QUICK)
     wait_for(shell, process, done=10)
