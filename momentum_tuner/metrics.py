@@ -355,7 +355,9 @@ MISS_FACTOR = 2.0
 """A trial that never reaches the target counts as one that needs this many times its budget."""
 
 
-def objective_value(measures: TrialMeasures, metric: str, budget_steps: int) -> float | None:
+def objective_value(
+    measures: TrialMeasures, metric: str, budget_steps: int, common_steps: int | None = None
+) -> float | None:
     """The value Optuna is told for a trial that ran its budget or diverged; None if there is none.
 
     `valid_loss` means the best over the epochs, any other `valid_<metric>` its value at that epoch. A diverged trial
@@ -367,10 +369,14 @@ def objective_value(measures: TrialMeasures, metric: str, budget_steps: int) -> 
         measures: of the trial.
         metric: an objective of a study file.
         budget_steps: optimizer steps of a whole trial.
+        common_steps: of a trial of the study's smallest batch size, in which steps to target are counted: a step of a
+            larger one is more work, and a trial that misses the target must not be worth more than one that reaches it.
     """
     if metric == "steps_to_target":
-        missed = measures.diverged or measures.steps_to_target is None
-        return MISS_FACTOR * budget_steps if missed else measures.steps_to_target
+        common_steps = common_steps or budget_steps
+        if measures.diverged or measures.steps_to_target is None:
+            return MISS_FACTOR * common_steps
+        return measures.steps_to_target * (common_steps / budget_steps)
     if measures.diverged:
         at_worst = {"contraction": 1.0, "oscillation": 1.0, "spikes": float(budget_steps)}
         if metric in LOSSES:

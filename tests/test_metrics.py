@@ -340,6 +340,16 @@ def test_optuna_is_told_the_objective_of_a_whole_trial(metric, value):
     assert objective_value(trial_measures(full_trial(), 3), metric, 30) == pytest.approx(value)
 
 
+def test_steps_of_larger_batches_count_as_the_work_they_are():
+    reached = replace(trial_measures(full_trial(), 3), steps_to_target=20.0)
+    missed = replace(reached, steps_to_target=None)
+    assert objective_value(reached, "steps_to_target", 30) == 20.0
+    assert objective_value(missed, "steps_to_target", 30) == 60.0
+    assert objective_value(reached, "steps_to_target", 30, 240) == 160.0
+    assert objective_value(missed, "steps_to_target", 30, 240) == 480.0
+    assert objective_value(replace(reached, diverged=True), "steps_to_target", 30, 240) == 480.0
+
+
 @pytest.mark.parametrize(
     ("metric", "value"),
     [

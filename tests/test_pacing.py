@@ -22,6 +22,7 @@ from momentum_tuner.tickets import (
 from momentum_tuner.trainer import Calibration, Way, pace
 from momentum_tuner.worker.calibrations import Calibrations
 from momentum_tuner.worker.pacing import Pacing, usual_batch_size
+from momentum_tuner.worker.results import smallest_batch_size
 from momentum_tuner.worker_options import WorkerOptions
 
 torch.set_num_threads(1)
@@ -178,6 +179,14 @@ def test_the_batch_size_is_the_studys_own_or_one_of_those_it_searches():
     assert usual_batch_size(spec(fixed={"batch_size": 16})) == 16
     searched = {"learning_rate": {"low": 0.01, "high": 0.1}, "batch_size": [128, 16, 32]}
     assert usual_batch_size(spec(space=searched)) == 32
+
+
+def test_the_smallest_batch_size_is_that_of_any_contestant():
+    assert smallest_batch_size(spec()) == 64
+    rates = {"learning_rate": {"low": 0.01, "high": 0.1}}
+    assert smallest_batch_size(spec(space={**rates, "batch_size": [128, 16, 32]})) == 16
+    assert smallest_batch_size(spec(space={**rates, "batch_size": {"low": 8, "high": 256, "log": True}})) == 8
+    assert smallest_batch_size(spec(fixed={"batch_size": 24})) == 24
 
 
 def test_open_tickets_are_divided_among_the_workers_that_serve_the_study(database):

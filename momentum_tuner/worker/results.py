@@ -72,6 +72,12 @@ def usual_batch_size(spec: StudySpec) -> int:
     return int(sorted(setting)[len(setting) // 2] if isinstance(setting, tuple) else setting.low)
 
 
+def smallest_batch_size(spec: StudySpec) -> int:
+    """The smallest batch size that a trial of the study may have."""
+    settings = [spec.hyperparameters(optimizer)["batch_size"] for optimizer in spec.contestants]
+    return min(int(min(s) if isinstance(s, tuple) else s if isinstance(s, int | float) else s.low) for s in settings)
+
+
 def trial_settings(trial: Claim | TrialRecord) -> TrialSettings:
     """What the trainer gets for a ticket."""
     assert trial.settings is not None

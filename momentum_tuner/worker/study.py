@@ -36,7 +36,13 @@ from momentum_tuner.worker.held import Held, Stage
 from momentum_tuner.worker.link import Link
 from momentum_tuner.worker.pacing import Pacing
 from momentum_tuner.worker.recording import Recorder
-from momentum_tuner.worker.results import failure, flat_measures, rung_value, trial_settings
+from momentum_tuner.worker.results import (
+    failure,
+    flat_measures,
+    rung_value,
+    smallest_batch_size,
+    trial_settings,
+)
 from momentum_tuner.worker.saving import Saver
 from momentum_tuner.worker.signals import StopSignal
 from momentum_tuner.worker_options import WorkerOptions
@@ -457,8 +463,11 @@ class StudyWorker:
         return len(sharpness) == len(through)
 
     def _result(self, held: Held, outcome: str, measures: TrialMeasures) -> Result:
-        budget = self.spec.budget.epochs * self.trainer.steps_per_epoch(trial_settings(held.claim).batch_size)
-        values = [objective_value(measures, aim.metric, budget) for aim in self.spec.objective.aims]
+        budget, common = (
+            self.spec.budget.epochs * self.trainer.steps_per_epoch(size)
+            for size in (trial_settings(held.claim).batch_size, smallest_batch_size(self.spec))
+        )
+        values = [objective_value(measures, aim.metric, budget, common) for aim in self.spec.objective.aims]
         second = values[1] if len(values) > 1 else None
         return Result(outcome, values[0], flat_measures(measures), second_value=second)
 
