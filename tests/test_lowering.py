@@ -448,6 +448,17 @@ def transformer(dropout):
     return lambda: Reader(lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout, batch_first=True), 4)
 
 
+def normalized(model):
+    """With buffers that follow the seed and that training writes to."""
+
+    def build():
+        norm = nn.BatchNorm1d(FEATURES)
+        norm.register_buffer("start", torch.randn(FEATURES))
+        return nn.Sequential(norm, model())
+
+    return build
+
+
 def curve(task, seeds, mode, which, epochs=2):
     """The records of one of some trials that train together."""
     trainer = Trainer(task, epochs=epochs, slots=len(seeds), mode=mode)
@@ -460,7 +471,17 @@ def losses(records):
     return [value for r in records for value in (r.train_loss, r.valid_loss, r.grad_norm)]
 
 
-@pytest.mark.parametrize("model", [transformer(0.0), transformer(0.3), recurrent(nn.LSTM, 0.3), recurrent(nn.GRU, 0.3)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        transformer(0.0),
+        transformer(0.3),
+        recurrent(nn.LSTM, 0.3),
+        recurrent(nn.GRU, 0.3),
+        normalized(transformer(0.3)),
+        normalized(recurrent(nn.LSTM, 0.3)),
+    ],
+)
 def test_a_models_curve_is_the_same_alone_in_a_batch_and_one_at_a_time(model):
     task = make_task(model)
     assert Trainer(task, epochs=1).objective.reason is None

@@ -233,7 +233,7 @@ class Objective:
         """The wrapper's output for the parameters of one slot, and the buffers as the forward pass left them.
 
         `lowered` is for vmap. `smooth` has torch's own operations, all of which can be differentiated twice, and no
-        autocast.
+        autocast. Without a key the dropout within layers is torch's own.
         """
         state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
         state |= self.shared
@@ -242,7 +242,7 @@ class Objective:
         if key is not None:
             state |= dict.fromkeys(self._keys, key)
         with ExitStack() as stack:
-            if (lowered or self._draws_within) and not smooth:
+            if (lowered or (self._draws_within and key is not None)) and not smooth:
                 stack.enter_context(self._lowering)
             if self.autocast and not smooth:
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
