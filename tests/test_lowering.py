@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from momentum_tuner import Task
 from momentum_tuner.trainer import Trainer, TrialSettings
+from momentum_tuner.trainer.data import MemorySource
 from momentum_tuner.trainer.dropout import _Calls
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.lowering.attention import lower_attention
@@ -26,6 +27,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 LENGTH, BATCH, SIZE = 7, 3, 8
 ALLOWED = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 HIDDEN = torch.tensor([[False] * 5 + [True] * 2, [False] * 7, [False] * 3 + [True] * 4])
+EMPTY = torch.tensor([[False] * 5 + [True] * 2, [True] * 7, [True] * 3 + [False] * 4])
+"""An example of nothing, and, where it is causal, one whose first rows have nothing to look at."""
 
 
 def fail(*_):
@@ -48,6 +51,11 @@ def by_heads(function, layer, x):
     """A function of query, key and value `[batch, heads, length, features]`."""
     parts = (one.unflatten(-1, (2, -1)).transpose(1, 2) for one in layer(x).chunk(3, -1))
     return function(*parts)
+
+
+def first_hidden(length):
+    """A mask by which nothing may be looked at from the first position."""
+    return (torch.arange(length) > 0)[:, None].expand(length, length)
 
 
 def with_state(layer, x):
@@ -92,6 +100,17 @@ MODELS |= {
     "attention between two": lambda: Calls(
         lambda layer, x: layer(x[:4], x[..., :5], x[..., 1:4]), nn.MultiheadAttention(SIZE, 2, kdim=5, vdim=3)
     ),
+    "attention, rows of nothing": partial(attention, {"key_padding_mask": EMPTY, "need_weights": False}),
+    "attention, rows of nothing, both masks": partial(
+        attention, {"key_padding_mask": EMPTY, "attn_mask": ~ALLOWED, "need_weights": False}
+    ),
+    "attention, rows of nothing, a mask per head": partial(
+        attention,
+        {
+            "attn_mask": torch.where(EMPTY, -torch.inf, 0.3).repeat_interleave(2, 0)[:, None].repeat(1, LENGTH, 1),
+            "need_weights": False,
+        },
+    ),
     "attention without batch": lambda: Calls(
         lambda layer, x: layer(x[:, 0], x[:, 1], x[:, 2]), nn.MultiheadAttention(SIZE, 2)
     ),
@@ -108,8 +127,16 @@ MODELS |= {
     "scaled dot product, masked": lambda: Calls(
         partial(by_heads, partial(F.scaled_dot_product_attention, attn_mask=torch.eye(BATCH, dtype=torch.bool)))
     ),
+    "scaled dot product, rows of nothing": lambda: Calls(
+        partial(by_heads, partial(F.scaled_dot_product_attention, attn_mask=first_hidden(BATCH)))
+    ),
     "scaled dot product, many keys": lambda: Calls(
-        lambda layer, x: by_heads(F.scaled_dot_product_attention, layer, x.repeat(1, 6, 1).transpose(0, 1))
+        lambda layer, x: by_heads(F.scaled_dot_product_attention, layer, x.repeat(1, 6, 1))
+    ),
+    "scaled dot product, many keys, rows of nothing": lambda: Calls(
+        lambda layer, x: by_heads(
+            partial(F.scaled_dot_product_attention, attn_mask=first_hidden(6 * BATCH)), layer, x.repeat(1, 6, 1)
+        )
     ),
     "softmax": lambda: Calls(lambda layer, x: (layer(x)[..., :10].softmax(-1), F.softmax(x, 2), torch.softmax(x, 1))),
     "log_softmax": lambda: Calls(lambda layer, x: (layer(x).log_softmax(-1), F.log_softmax(layer(x)[..., :5], dim=-1))),
@@ -393,6 +420,15 @@ def test_what_is_not_known_goes_to_torch_itself():
     assert lower_cross_entropy(few, few.softmax(-1)) is NotImplemented
 
 
+def test_where_torch_gives_no_numbers_for_rows_of_nothing_neither_does_the_lowering():
+    layer, x = nn.MultiheadAttention(SIZE, 2), torch.randn(LENGTH, BATCH, SIZE)
+    expected = layer(x, x, x, key_padding_mask=EMPTY)
+    with Lowering(fail):
+        found = layer(x, x, x, key_padding_mask=EMPTY)
+    for one, other in zip(found, expected, strict=True):
+        assert 0 < one.isnan().sum() < one.numel() and torch.equal(one.isnan(), other.isnan())
+
+
 def test_under_autocast_the_products_are_rounded_as_torch_rounds_them():
     for cell, x in itertools.product((nn.RNN, nn.GRU, nn.LSTM), [torch.randn(LENGTH, BATCH, SIZE)]):
         layer = cell(SIZE, 6)
@@ -488,6 +524,45 @@ def test_a_models_curve_is_the_same_alone_in_a_batch_and_one_at_a_time(model):
     expected = losses(curve(task, [3], "sequential", 0))
     for seeds, mode, which in ([[3], "fused", 0], [[1, 2, 3, 3], "fused", 2], [[3, 1], "sequential", 0]):
         assert losses(curve(task, seeds, mode, which)) == pytest.approx(expected, rel=1e-4)
+
+
+class Words(nn.Module):
+    """An encoder of texts, of which padding is hidden."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 4), nn.Linear(4, 1)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, words):
+        return self.head(self.layers(self.embed(words), src_key_padding_mask=words == 0).mean(1))
+
+
+def test_a_text_of_nothing_but_padding_does_not_end_a_trial():
+    generator = torch.Generator().manual_seed(0)
+    words, y = torch.randint(1, 11, (24, 7), generator=generator), torch.randn(24, 1, generator=generator)
+    words[5], words[2, 4:] = 0, 0
+    data = TensorDataset(words, y)
+    rest = TensorDataset(words[6:], y[6:])  # in evaluation torch's own encoder says NaN of a text of nothing
+    task = Task(model=Words, loss=lambda model, b: F.mse_loss(model(b[0]), b[1]), train=data, valid=rest)
+    seed, rate, momentum = 3, 0.05, 0.8
+    torch.manual_seed(seed)
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    expected = []
+    for epoch in (1, 2):
+        for at in MemorySource(data.tensors, 8).order((seed, epoch)):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(words[at]), y[at])
+            loss.backward()
+            optimizer.step()
+            expected.append(loss.item())
+    for mode in ("fused", "sequential"):
+        records = curve(task, [1, seed], mode, 1)
+        assert [r.diverged_at_step for r in records] == [None, None]
+        found = [r.train_loss for r in records]
+        assert found == pytest.approx([sum(expected[:3]) / 3, sum(expected[3:]) / 3], rel=1e-4)
 
 
 @pytest.mark.parametrize("model", [transformer, partial(recurrent, nn.LSTM)])

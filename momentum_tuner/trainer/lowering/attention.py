@@ -29,12 +29,13 @@ def lower_attention(
     """`scaled_dot_product_attention`; NotImplemented with grouped queries."""
     if enable_gqa:
         return NotImplemented
+    rows_may_be_masked = attn_mask is not None
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         nothing = torch.zeros((), dtype=query.dtype, device=query.device)
         attn_mask = torch.where(attn_mask, nothing, -math.inf)
-    return _attend(drop, query, key, value, attn_mask, dropout_p, scale)[0]
+    return _attend(drop, query, key, value, attn_mask, dropout_p, scale, rows_may_be_masked)[0]
 
 
 def _attend(
@@ -45,8 +46,16 @@ def _attend(
     mask: Tensor | None,
     dropout: float,
     scale: float | None = None,
+    rows_may_be_masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The values `[..., L, E]` that the weights `[..., L, S]` choose, and the weights."""
+    """The values `[..., L, E]` that the weights `[..., L, S]` choose, and the weights.
+
+    Of a row that is masked altogether they are 0 if `rows_may_be_masked`, as in torch's kernels, and otherwise NaN.
+    """
+    some = None
+    if mask is not None and rows_may_be_masked:
+        some = (mask > -math.inf).any(-1, keepdim=True)
+        mask = mask.clamp_min(torch.finfo(mask.dtype).min / 2)
     query = query * (scale if scale is not None else query.shape[-1] ** -0.5)
     if key.shape[-2] < FEW and query.device.type == "cpu":  # as in `softmax`, but here it costs nothing
         turned = key @ query.mT  # [..., S, L]
@@ -54,6 +63,7 @@ def _attend(
     else:
         scores = query @ key.mT
         weights = torch.softmax(scores if mask is None else scores + mask, -1)
+    weights = weights if some is None else weights * some
     weights = drop(weights, dropout) if dropout > 0.0 else weights
     return weights @ value, weights
 
@@ -93,7 +103,7 @@ def lower_multi_head_attention(
     rare = (bias_k, bias_v, static_k, static_v)
     if query.ndim != 3 or add_zero_attn or any(one is not None for one in rare) or (is_causal and attn_mask is None):
         return NotImplemented
-    length, batch = query.shape[:2]
+    batch = query.shape[1]
     projected = _project(
         (query, key, value),
         (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight,
@@ -109,8 +119,7 @@ def lower_multi_head_attention(
         assert padding is not None
         padding = padding[:, None, None, :]
         mask = padding if mask is None else mask + padding
-        mask = mask.expand(batch, 1 if mask.ndim < 4 else mask.shape[1], length, -1)
-    out, weights = _attend(drop, q, k, v, mask, dropout_p if training else 0.0)
+    out, weights = _attend(drop, q, k, v, mask, dropout_p if training else 0.0, rows_may_be_masked=not need_weights)
     out = linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     if not need_weights:
         return out, None
