@@ -43,6 +43,27 @@ class _Calls:
     def __init__(self) -> None:
         self.made = 0
         self.key: Tensor | None = None
+        self._numbers: dict[int, int] | None = None
+
+    def begin(self, remember: bool) -> None:
+        """Begin a forward pass.
+
+        Args:
+            remember: which call is which, for parts of the pass that are computed anew for their gradient.
+        """
+        self.made = 0
+        self._numbers = {} if remember else None
+
+    def number(self) -> int:
+        """The number of a call in its forward pass, from 1; of one that is made anew the same.
+
+        Calls are told apart by torch's random state, which checkpointing puts back for that.
+        """
+        if self._numbers is None:
+            self.made += 1
+            return self.made
+        drawn = int(torch.randint(1 << 62, (), device="cpu"))
+        return self._numbers.setdefault(drawn, len(self._numbers) + 1)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout within another function, under the key of the step.
@@ -52,8 +73,7 @@ class _Calls:
         """
         if self.key is None:
             raise RuntimeError("it draws random numbers for a dropout that is no layer of its own")
-        self.made += 1
-        return _dropped(x, p, self.key, self.made, x.shape)
+        return _dropped(x, p, self.key, self.number(), x.shape)
 
 
 class KeyedDropout(nn.Module):
@@ -78,9 +98,8 @@ class KeyedDropout(nn.Module):
         """`x` with each element (or channel) dropped with probability p, the rest scaled by 1/(1 - p)."""
         if not self.training or self.p == 0.0:
             return x
-        self.calls.made += 1
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
-        return _dropped(x, self.p, self.key, self.calls.made, shape)
+        return _dropped(x, self.p, self.key, self.calls.number(), shape)
 
 
 def _dropped(x: Tensor, p: float, key: Tensor, call: int, shape: Sequence[int]) -> Tensor:

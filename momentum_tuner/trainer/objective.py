@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +165,7 @@ class Objective:
         self.wrapper.calm()
 
         def one(row: Tensor, own: dict[str, Tensor]) -> Tensor:
-            return self._call(self.layout.split(row), own, data.tensors, None, smooth=True)[0]
+            return self._call(self.layout.views(self.layout.split(row)), own, data.tensors, None, smooth=True)[0]
 
         def taken_apart(row: Tensor, own: dict[str, Tensor]) -> Tensor:
             # Inside a differentiation torch takes RNN, LSTM and GRU apart into operations that vmap can batch.
@@ -217,25 +217,28 @@ class Objective:
         after = {name: value.clone() for name, value in first.buffers.items()}
         self.wrapper.train()
         with RandomStream(0), torch.enable_grad():
-            _, after = self._call(self.layout.split(first.row), after, slice_slot(probe, 0), None)
+            parameters = self.layout.views(self.layout.split(first.row))
+            _, after = self._call(parameters, after, slice_slot(probe, 0), None)
         varying |= differing(first.buffers, after) | running_statistics(self.wrapper)
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
     def _call(
         self,
-        row: Rows,
+        parameters: Mapping[str, Tensor],
         buffers: dict[str, Tensor],
         batch: Any,
         key: Tensor | None,
         lowered: bool = False,
         smooth: bool = False,
+        then: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The wrapper's output for the parameters of one slot, and the buffers as the forward pass left them.
 
         `lowered` is for vmap. `smooth` has torch's own operations, all of which can be differentiated twice, and no
-        autocast. Without a key the dropout within layers is torch's own.
+        autocast. Without a key the dropout within layers is torch's own. `then` is called with the loss while the model
+        still has these parameters.
         """
-        state = {f"model.{name}": value for name, value in self.layout.views(row).items()}
+        state = {f"model.{name}": value for name, value in parameters.items()}
         state |= self.shared
         state |= buffers
         self.wrapper.calls.key = key
@@ -246,7 +249,7 @@ class Objective:
                 stack.enter_context(self._lowering)
             if self.autocast and not smooth:
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
-            out = functional_call(self.wrapper, state, (batch,))
+            out = functional_call(self.wrapper, state, (batch, then))
         self.wrapper.calls.key = None
         for name, value in self.shared.items():
             if state[name] is not value:
@@ -256,7 +259,7 @@ class Objective:
     def _loss(
         self, row: Rows, buffers: dict[str, Tensor], batch: Any, key: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-        loss, after = self._call(row, buffers, batch, key, lowered=True)
+        loss, after = self._call(self.layout.views(row), buffers, batch, key, lowered=True)
         return loss, (loss, after)
 
     def _fused_gradient(
@@ -274,28 +277,43 @@ class Objective:
         self, rows: Rows, buffers: dict[str, Tensor], batch: Batch, keys: Tensor | None
     ) -> tuple[Rows, Tensor]:
         self.wrapper.train()
-        grads = tuple(torch.empty_like(segment) for segment in rows)
+        grads = tuple(torch.zeros_like(segment) for segment in rows)
         losses = rows[0].new_empty(len(rows[0]))
         seeds = [0] * len(losses) if keys is None else keys.tolist()
         with RandomStream(0) as stream, torch.enable_grad():
             for slot, seed in enumerate(seeds):
                 stream.reseed(seed)
-                row = tuple(segment[slot].detach().requires_grad_() for segment in rows)
+                parameters = self._parameters(rows, slot)
                 own = {name: value[slot] for name, value in buffers.items()}
-                loss, after = self._call(row, own, slice_slot(batch, slot), None if keys is None else keys[slot])
-                found = torch.autograd.grad(loss, row, materialize_grads=True)
-                for segment, gradient in zip(grads, found, strict=True):
-                    segment[slot] = gradient
-                losses[slot] = loss.detach()
+                key = None if keys is None else keys[slot]
+                losses[slot], after = self._call(parameters, own, slice_slot(batch, slot), key, then=self._backward)
+                for to, parameter in zip(
+                    self.layout.pieces(tuple(segment[slot] for segment in grads)), parameters.values(), strict=True
+                ):
+                    if parameter.grad is not None:
+                        to.copy_(parameter.grad.to_dense().view(-1))
                 for name, value in after.items():
                     buffers[name][slot].copy_(value.detach())
         return grads, losses
+
+    def _parameters(self, rows: Rows, slot: int) -> dict[str, nn.Parameter]:
+        """The parameters of one slot, in the memory of its row."""
+        views = self.layout.views(tuple(segment[slot] for segment in rows))
+        return {name: nn.Parameter(view) for name, view in views.items()}
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        """Take the gradient, while the model has the parameters with which checkpointed parts are computed anew."""
+        # `loss.backward()` would take the lowering out of force, with which they are computed anew, too.
+        engine = torch.autograd.Variable._execution_engine
+        with torch.autocast(self.device.type, enabled=False):
+            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+        return loss.detach()
 
     def _fused_evaluation(self, rows: Rows, buffers: dict[str, Tensor], data: Any) -> list[Tensor]:
         self.wrapper.eval()
 
         def one(row: Rows, own: dict[str, Tensor]) -> Tensor:
-            return self._call(row, own, data, None, lowered=True)[0]
+            return self._call(self.layout.views(row), own, data, None, lowered=True)[0]
 
         return [vmap(one, randomness="error")(rows, buffers)]
 
@@ -306,9 +324,8 @@ class Objective:
         with RandomStream(0) as stream:
             for slot in range(len(rows[0])):
                 stream.reseed(mix_seed(part))
-                row = tuple(segment[slot] for segment in rows)
                 own = {name: value[slot].clone() for name, value in buffers.items()}
-                found.append(self._call(row, own, data.tensors, None)[0])
+                found.append(self._call(self._parameters(rows, slot), own, data.tensors, None)[0])
         return torch.stack(found)
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,12 @@ class Wrapper(nn.Module):
         for module in (self, *norms):
             module.training = True
 
-    def forward(self, batch: Any) -> Tensor:
-        """The loss, or in eval mode `[1 + metrics]`, the loss and the metrics."""
-        self.calls.made = 0
+    def forward(self, batch: Any, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The loss, or what `then` makes of it; in eval mode `[1 + metrics]`, the loss and the metrics."""
+        self.calls.begin(remember=then is not None)
         if self.training:
-            return self.task.loss(self.model, batch)
+            loss = self.task.loss(self.model, batch)
+            return loss if then is None else then(loss)
         with _called_once(self.model):
             loss = self.task.loss(self.model, batch)
             others = [metric(self.model, batch) for metric in self.task.metrics.values()]

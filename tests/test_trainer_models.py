@@ -1,0 +1,119 @@
+"""Models and losses that a plain torch loop trains, train here as they do there: each test compares the curves."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from momentum_tuner.trainer import Trainer, TrialSettings
+from momentum_tuner.trainer.data import MemorySource
+
+from .half_epochs import BATCH, FEATURES, make_task
+
+torch.set_num_threads(1)
+
+EPOCHS = 3
+
+
+@pytest.fixture(params=["fused", "sequential"])
+def mode(request):
+    return request.param
+
+
+def settings(learning_rate=0.05, seed=3, weight_decay=0.01):
+    hyper = {"learning_rate": learning_rate, "momentum": 0.9, "weight_decay": weight_decay}
+    return TrialSettings("momentum", hyper, BATCH, seed)
+
+
+def plain_curve(task, trial):
+    """Training and validation loss of each epoch, from a loop that shares no more with the trainer than the order."""
+    torch.manual_seed(trial.seed)
+    model = task.model()
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=trial.value("learning_rate"),
+        momentum=trial.value("momentum"),
+        weight_decay=trial.value("weight_decay"),
+    )
+    found = []
+    for epoch in range(1, EPOCHS + 1):
+        losses = []
+        model.train()
+        for at in MemorySource(task.train.tensors, BATCH).order((trial.seed, epoch)):
+            optimizer.zero_grad()
+            loss = task.loss(model, tuple(t[at] for t in task.train.tensors))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            found += [sum(losses) / len(losses), task.loss(model, task.valid.tensors).item()]
+    return found
+
+
+def curve(task, trials, which=0, **options):
+    """The same of one of some trials that train together, and their trainer."""
+    trainer = Trainer(task, epochs=EPOCHS, slots=len(trials), **options)
+    for key, trial in enumerate(trials):
+        trainer.admit(key, trial)
+    records = [dict(trainer.train_epoch())[which] for _ in range(EPOCHS)]
+    return [value for record in records for value in (record.train_loss, record.valid_loss)], trainer
+
+
+def same(expected, rel=1e-4):
+    return pytest.approx(expected, rel=rel)
+
+
+# --- parts of a model that are computed anew for their gradient
+
+
+class Checkpointed(nn.Module):
+    """Two equal parts, of which the gradient may be taken from a second forward pass."""
+
+    def __init__(self, part, reentrant):
+        super().__init__()
+        self.first, self.part, self.last = nn.Linear(FEATURES, 8), part, nn.Linear(8, 1)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        hidden = self.first(x)
+        for _ in range(2):
+            hidden = (
+                self.part(hidden)
+                if self.reentrant is None
+                else checkpoint(self.part, hidden, use_reentrant=self.reentrant)
+            )
+        return self.last(hidden)
+
+
+class Attending(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return super().forward(x.unflatten(1, (2, 4))).flatten(1)
+
+
+def dropping():
+    return nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.2))
+
+
+def attending():
+    return Attending(4, 2, 8, 0.3, batch_first=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # torch's own, in evaluation
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_have_the_gradient_of_the_parameters_that_were_used(reentrant):
+    task = make_task(lambda: Checkpointed(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), reentrant))
+    found, trainer = curve(task, [settings(), settings(0.02, 1)])
+    assert not trainer.objective.batch_slots and found == same(plain_curve(task, settings()))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # torch's own, in evaluation
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", [dropping, attending])
+def test_checkpointed_parts_drop_the_same_units_when_they_are_computed_anew(part, reentrant):
+    trials = [settings(), settings(0.02, 1)]
+    plain = make_task(lambda: Checkpointed(part(), None))
+    expected, _ = curve(plain, trials, mode="fused")
+    assert curve(plain, trials, mode="sequential")[0] == same(expected)
+    task = make_task(lambda: Checkpointed(part(), reentrant))
+    assert curve(task, trials)[0] == same(expected)
