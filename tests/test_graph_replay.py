@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from momentum_tuner.tasks import digits_cnn, digits_mlp, digits_rnn, quadratic
 from momentum_tuner.trainer import Trainer, TrialSettings, compiling, products, replay
 from momentum_tuner.trainer.capture import NotCapturedError, capture
+from momentum_tuner.trainer.objective import EVALUATION, GRADIENT
 from momentum_tuner.trainer.products import fast_products, rounding
 from momentum_tuner.trainer.replay import Replay
 
@@ -86,10 +87,10 @@ def test_one_graph_gives_the_gradient_of_every_width_to_the_last_bit(name, share
             for t, a in ((replayed, found), (live, expected))
         ]
         assert torch.equal(*evaluated)
-    kinds = list(replayed.objective.replay._kinds.values())
+    kinds = [kind for name in (GRADIENT, EVALUATION) for kind in replayed.objective.replay._of(name)]
     # A batch of one slot is always shared; evaluation always is.
     every = [1, 2, 7]
-    assert [sorted(kind.runners) for kind in kinds] == ([every, every] if shared else [[2, 7], every, [1]])
+    assert [sorted(kind.runners) for kind in kinds] == ([every, every] if shared else [[2, 7], [1], every])
     assert not any(kind.refused for kind in kinds)
 
 
@@ -288,7 +289,67 @@ def test_what_cannot_be_hashed_or_differs_in_shape_is_another_kind():
             continue
         for _ in range(2):
             assert torch.equal(calls.call("f", function, (x, True), (more, False))[0], function(x, more)[0])
-    assert len(calls._kinds) == 4
+    assert len(calls._of("f")) == 4
+
+
+def doubled(x, y, name):
+    return [x * y.sum()]
+
+
+def captured_at(calls, arguments):
+    """The calls, from 0, at which a kind was captured."""
+    found, before = [], 0
+    for i, more in enumerate(arguments):
+        x = torch.randn(3, 2)
+        assert torch.equal(calls.call("f", doubled, (x, True), *more)[0], doubled(x, *(value for value, _ in more))[0])
+        count = sum(kind.captured is not None for kind in calls._of("f"))
+        found += [i] * (count > before)
+        before = count
+    return found
+
+
+def lengths(*numbers):
+    return [((torch.ones(n), False), (None, False)) for n in numbers]
+
+
+def test_where_it_pays_a_few_kinds_are_captured_at_once_and_others_one_for_every_32_calls_that_ran_without_a_graph():
+    calls = Replay(nn.Identity())
+    calls.in_advance = 3
+    assert captured_at(calls, lengths(*range(1, 41))) == [0, 1, 2, 31]
+    assert captured_at(Replay(nn.Identity()), lengths(*range(1, 31), *[7] * 40)) == [61]  # its own 33rd call
+
+
+def test_values_that_hardly_come_again_are_not_captured_nor_kept():
+    calls = Replay(nn.Identity())
+    calls.in_advance = 3
+    named = [((torch.ones(2), False), (f"{i}.png", False)) for i in range(40)]
+    assert captured_at(calls, named) == [0]
+    assert len(calls._of("f")) == 4
+    calls.patience = 0  # nor if there were room for graphs at once
+    captured_at(calls, named)
+    assert [kind.captured is not None for kind in calls._of("f")] == [True] * 4
+
+
+def test_of_many_shapes_those_are_kept_that_are_called_most():
+    calls = Replay(nn.Identity())
+    captured_at(calls, lengths(*[7, 8] * 3, *range(10, 110), 7))
+    kept = [kind.calls for kind in calls._of("f")]
+    assert len(kept) == 64 and kept[:2] == [4, 3] and set(kept[2:]) == {1}
+
+
+def test_the_kinds_of_an_ordinary_task_are_captured_at_their_first_call_where_fused_slots_are_fastest():
+    trainer = Trainer(digits_mlp(hidden=8), epochs=2, most=4)
+    for key in range(3):
+        trainer.admit(key, TrialSettings("sgd", {"learning_rate": 0.1}, 64, 0))
+    list(trainer.train_epoch())
+    (gradient,), (evaluation,) = (trainer.objective.replay._of(name) for name in (GRADIENT, EVALUATION))
+    assert gradient.captured is not None and evaluation.captured is not None
+    assert gradient.captured in gradient.runners.values() and evaluation.captured in evaluation.runners.values()
+    trainer.release(0)
+    trainer.admit("other seed", TrialSettings("sgd", {"learning_rate": 0.1}, 64, 1))
+    list(trainer.train_epoch())
+    separate = trainer.objective.replay._of(GRADIENT)[1]
+    assert separate.captured is not None
 
 
 # --- torch.compile
@@ -313,7 +374,7 @@ def test_one_compilation_gives_the_gradient_of_every_width_and_is_kept(compiled_
         found, expected = (t.objective.gradient(*calls(t, width, True, seed)) for t in (compiled, live))
         for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
             assert (one - other).norm() < 1e-5 * other.norm()
-    (kind,) = compiled.objective.replay._kinds.values()
+    (kind,) = compiled.objective.replay._of(GRADIENT)
     assert len(made) == 1 and {w: runner is made[0] for w, runner in kind.runners.items()} == {
         6: True,
         2: True,
@@ -377,7 +438,7 @@ def test_code_that_serves_one_width_is_asked_for_no_other(compiled_code, monkeyp
         found, expected = (t.objective.gradient(*calls(t, width, True, seed)) for t in (compiled, live))
         for one, other in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
             assert (one - other).norm() < 1e-5 * other.norm()
-    (kind,) = compiled.objective.replay._kinds.values()
+    (kind,) = compiled.objective.replay._of(GRADIENT)
     assert {w: runner is kind.compiled for w, runner in kind.runners.items()} == {6: True, 3: False, 9: False, 1: False}
     # Another run may ask for another width, for which the code is made anew.
     monkeypatch.setattr(compiling, "_compile_ahead", lambda *_: (None, range(0)))

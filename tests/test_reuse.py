@@ -138,7 +138,7 @@ def test_gradients_are_the_same_to_the_last_bit_in_place(name):
     for key in range(3):
         trainer.admit(key, TrialSettings("momentum", {"learning_rate": 0.05, "momentum": 0.9}, 64, key))
     list(trainer.train_epoch())
-    graphs = [kind.graph for key, kind in replay._kinds.items() if key[0] == "gradient" and kind.graph is not None]
+    graphs = [kind.graph for kind in replay._of("gradient") if kind.graph is not None]
     assert graphs
     for graph in graphs:
         tensors = [example(*kind) for kind in graph.meta["arguments"]]

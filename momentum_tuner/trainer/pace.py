@@ -21,6 +21,7 @@ from momentum_tuner.trainer.calibration import (
 from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.memory import first_line
 from momentum_tuner.trainer.objective import EVALUATION, GRADIENT, Objective
+from momentum_tuner.trainer.replay import IN_ADVANCE
 from momentum_tuner.trainer.update import UPDATE
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Pace:
         way = self.calibration.best(most)
         self.threads = way.threads
         if way.mode == FUSED:
-            objective.replay.patience = 0  # the measurement has captured it, or an earlier one has found that it pays
+            objective.replay.in_advance = IN_ADVANCE  # as this or an earlier measurement has found that it pays
         elif way.mode == SEQUENTIAL and objective.batch_slots:
             times = self.calibration.least(FUSED) / self.calibration.seconds[way]
             objective.train_one_by_one(f"that is {times:.2g} times as fast as fused slots are here")

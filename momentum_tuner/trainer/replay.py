@@ -6,6 +6,7 @@ import logging
 import math
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,12 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 32
 """Calls of a kind before it is captured: that takes as long as some ten to hundred calls save."""
+IN_ADVANCE = 3
+"""Kinds of each function that are captured at their first call, where a graph is known to pay."""
+MOST_VALUES = 4
+"""Kinds alike but for plain values: where there are more, such as names of files, the values hardly come again."""
+MOST_SHAPES = 64
+"""Shapes of which kinds are kept, those that were called most, as each graph takes memory."""
 NARROWEST = 2
 """Slots at which a graph is compared as soon as it is there. One that gives the same there and at some greater width,
 and was made of traces at two more, serves all between: no number that it computes from the width is bent."""
@@ -36,6 +43,8 @@ Runner = Callable[..., Sequence[Tensor]]
 class _Kind:
     """Calls that one graph serves: alike but for their width and values."""
 
+    first: bool = True
+    """Whether it was the first of its shapes."""
     calls: int = 0
     refused: bool = False
     graph: fx.GraphModule | None = None
@@ -71,12 +80,16 @@ class Replay:
 
     def __init__(self, model: nn.Module) -> None:
         self.patience = PATIENCE
+        self.in_advance = 0
+        """Kinds of each function that are captured at their first call, besides one more for every `PATIENCE` calls."""
         self.compiles: frozenset[str] = frozenset()
         """Names of the functions that are compiled."""
         self.failed = False
         """Whether compiling failed."""
         self._model = model
-        self._kinds: dict[tuple[Hashable, ...], _Kind] = {}
+        self._kinds: dict[tuple[Hashable, ...], dict[Hashable, _Kind]] = {}  # by name and shapes, then by plain values
+        self._live: Counter[str] = Counter()  # calls that no graph served
+        self._tried: Counter[str] = Counter()  # kinds that were captured, or could not be
 
     def call(self, name: str, function: Callable[..., list[Tensor]], *arguments: tuple[Any, bool]) -> Sequence[Tensor]:
         """What a function returns.
@@ -101,10 +114,16 @@ class Replay:
             rest = iter(filled)
             return function(*(rebuild([next(rest) for _ in found]) for found, rebuild in flat))
 
-        return self.prepare(name, call, tensors, rows, others)(tensors)
+        return self.prepare(name, call, tensors, rows, values=others)(tensors)
 
     def prepare(
-        self, name: str, function: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool], variant: Hashable = ()
+        self,
+        name: str,
+        function: Runner,
+        tensors: Sequence[Tensor],
+        stacked: Sequence[bool],
+        variant: Hashable = (),
+        values: Hashable = (),
     ) -> Call:
         """A function that will be called with such tensors again and again, or once.
 
@@ -114,15 +133,24 @@ class Replay:
             tensors: an example; the first has one row per slot.
             stacked: which of them have one row per slot.
             variant: what else tells the functions of this name apart.
+            values: what it takes besides tensors.
         """
         shapes = [(t.shape[1:] if rows else t.shape, t.dtype, rows) for t, rows in zip(tensors, stacked, strict=True)]
-        key = (name, *shapes, variant)
+        alike = self._kinds.get(key := (name, *shapes, variant))
+        if alike is None:
+            if len(self._kinds) >= MOST_SHAPES:
+                del self._kinds[min(self._kinds, key=lambda key: sum(k.calls for k in self._kinds[key].values()))]
+            alike = self._kinds[key] = {}
         try:
-            kind = self._kinds.get(key)
+            kind = alike.get(values)
         except TypeError:  # a value that cannot be hashed
-            return Call(self, name, _Kind(refused=True), function, stacked)
+            kind = _Kind(refused=True)
         if kind is None:
-            kind = self._kinds[key] = _Kind()
+            kind = _Kind(first=not alike)
+            if len(alike) < MOST_VALUES:
+                alike[values] = kind
+            else:
+                kind.refused = True
         return Call(self, name, kind, function, stacked)
 
     def run(self, call: Call, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -136,9 +164,17 @@ class Replay:
             known = kind.runners[width] = kind.captured
         if known is not None and kind.calls & (kind.calls - 1):  # at powers of 2 it is compared again
             return known(*tensors)
-        if kind.refused or kind.calls <= self.patience:
+        if kind.refused or (kind.captured is None and not self._pays(call.name, kind)):
             return call.function(*tensors)
         return self._begin(call.name, kind, call.function, tensors, call.stacked)
+
+    def _pays(self, name: str, kind: _Kind) -> bool:
+        """Whether a kind is captured at this call."""
+        self._live[name] += 1
+        if kind.calls > self.patience:
+            return True
+        allowed = self.in_advance + self._live[name] // PATIENCE if self.in_advance else 0
+        return kind.first and self._tried[name] < allowed
 
     def is_compiling(self, name: str) -> bool:
         """Whether a function of this name is to be compiled, and may be."""
@@ -158,9 +194,10 @@ class Replay:
 
     def forget_compiled(self) -> None:
         """Go on with the graphs as they were captured."""
-        for kind in self._kinds.values():
-            kind.compiled = None
-            kind.runners.clear()
+        for alike in self._kinds.values():
+            for kind in alike.values():
+                kind.compiled = None
+                kind.runners.clear()
 
     def keeps_compiled(self, name: str) -> bool:
         """Whether a captured graph of a function has been compiled before, in this or an earlier run."""
@@ -178,14 +215,16 @@ class Replay:
         return any(kind.graph is not None for kind in self._of(name))
 
     def _of(self, name: str) -> list[_Kind]:
-        return [kind for key, kind in self._kinds.items() if key[0] == name]
+        return [kind for key, alike in self._kinds.items() if key[0] == name for kind in alike.values()]
 
     def _begin(
         self, name: str, kind: _Kind, call: Runner, tensors: Sequence[Tensor], stacked: Sequence[bool]
     ) -> Sequence[Tensor]:
         """Call the function itself, and let what gives the same serve this width from now on."""
-        if kind.captured is None and not self._capture(kind, call, tensors, stacked):
-            return call(*tensors)
+        if kind.captured is None:
+            self._tried[name] += 1
+            if not self._capture(kind, call, tensors, stacked):
+                return call(*tensors)
         assert kind.graph is not None and kind.captured is not None
         width = len(tensors[0])
         candidates: list[Runner] = [kind.captured]
