@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from momentum_tuner.trainer import Trainer, TrialSettings
+from momentum_tuner.trainer import Trainer, TrialSettings, replay
 from momentum_tuner.trainer.data import MemorySource
+from momentum_tuner.trainer.objective import EVALUATION, GRADIENT
 
 from .half_epochs import BATCH, FEATURES, make_task
 
@@ -117,3 +118,52 @@ def test_checkpointed_parts_drop_the_same_units_when_they_are_computed_anew(part
     assert curve(plain, trials, mode="sequential")[0] == same(expected)
     task = make_task(lambda: Checkpointed(part(), reentrant))
     assert curve(task, trials)[0] == same(expected)
+
+
+# --- losses with a penalty on the parameters
+
+
+PENALIZED = {
+    "all": lambda p: True,
+    "trainable": lambda p: p.requires_grad,
+    "parameters": lambda p: isinstance(p, nn.Parameter),
+    "leaves of matrices": lambda p: p.ndim > 1 and p.requires_grad and isinstance(p, nn.Parameter),
+}
+
+
+def half_frozen():
+    model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 1))
+    model[3].requires_grad_(False)
+    torch.nn.init.constant_(model[3].bias, 0.1)  # which all trials share, while the matrix follows the seed
+    return model
+
+
+@pytest.mark.parametrize("which", PENALIZED)
+@pytest.mark.parametrize("scale", [0.02, 1e-5])
+def test_a_penalty_on_some_parameters_is_in_force_in_training_and_evaluation(which, scale, mode):
+    def loss(model, batch):
+        error = (model(batch[0]) - batch[1]).square().mean()
+        return error + scale * sum(p.square().sum() for p in model.parameters() if PENALIZED[which](p))
+
+    task = make_task(half_frozen, loss=loss)
+    found, trainer = curve(task, [settings(0.02, 1), settings()], which=1, mode=mode)
+    expected = plain_curve(task, settings())
+    assert found == same(expected, 1e-5 if scale < 1e-3 else 1e-4)
+    assert trainer.objective.batch_slots == (mode == "fused")
+    if mode == "fused":
+        assert trainer.objective._asks_for_gradients == ("trainable" in which or "leaves" in which)
+
+
+def test_a_penalty_is_in_force_in_captured_steps(monkeypatch):
+    monkeypatch.setattr(replay, "PATIENCE", 0)
+
+    def loss(model, batch):
+        error = (model(batch[0]) - batch[1]).square().mean()
+        kept = (p for p in model.parameters() if p.requires_grad or isinstance(p, nn.Parameter))
+        return error + 0.02 * sum(p.square().sum() for p in kept)
+
+    task = make_task(half_frozen, loss=loss)
+    found, trainer = curve(task, [settings(), settings(0.02)], mode="fused")
+    assert found == same(plain_curve(task, settings()))
+    kinds = [kind for name in (GRADIENT, EVALUATION) for kind in trainer.objective.replay._of(name)]
+    assert [kind.captured is not None for kind in kinds] == [True, True]

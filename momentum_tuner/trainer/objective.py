@@ -70,6 +70,7 @@ class Objective:
         self._lowering = Lowering(self.wrapper.calls.drop)
         self.replay = Replay(self.wrapper)
         self.layout = Layout.of(model)
+        self._frozen = [f"model.{name}" for name, p in model.named_parameters() if not p.requires_grad]
         first = self._start(0)
         self.shared: dict[str, Tensor] = {}
         """Buffers and frozen parameters that are alike for every seed and never change: held once, not per slot."""
@@ -77,6 +78,8 @@ class Objective:
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
         """Shape and dtype of the buffers that each slot has of its own."""
+        self._asks_for_gradients = False
+        """Whether the loss in evaluation depends on which tensors say that they require a gradient."""
         self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in model.modules())
         self.reason: str | None = "asked for"
         if mode != "sequential":
@@ -241,6 +244,8 @@ class Objective:
         state = {f"model.{name}": value for name, value in parameters.items()}
         state |= self.shared
         state |= buffers
+        for value in (*parameters.values(), *(state[name] for name in self._frozen)):
+            value._is_param = True  # what `isinstance(p, nn.Parameter)` goes by
         self.wrapper.calls.key = key
         if key is not None:
             state |= dict.fromkeys(self._keys, key)
@@ -296,10 +301,10 @@ class Objective:
                     buffers[name][slot].copy_(value.detach())
         return grads, losses
 
-    def _parameters(self, rows: Rows, slot: int) -> dict[str, nn.Parameter]:
+    def _parameters(self, rows: Rows, slot: int, trainable: bool = True) -> dict[str, nn.Parameter]:
         """The parameters of one slot, in the memory of its row."""
         views = self.layout.views(tuple(segment[slot] for segment in rows))
-        return {name: nn.Parameter(view) for name, view in views.items()}
+        return {name: nn.Parameter(view, trainable) for name, view in views.items()}
 
     def _backward(self, loss: Tensor) -> Tensor:
         """Take the gradient, while the model has the parameters with which checkpointed parts are computed anew."""
@@ -313,19 +318,30 @@ class Objective:
         self.wrapper.eval()
 
         def one(row: Rows, own: dict[str, Tensor]) -> Tensor:
-            return self._call(self.layout.views(row), own, data, None, lowered=True)[0]
+            parameters = self.layout.views(row)
+
+            def without_gradient(parameters: dict[str, Tensor]) -> Tensor:
+                with torch.no_grad():
+                    return self._call(parameters, own, data, None, lowered=True)[0]
+
+            if not self._asks_for_gradients:
+                return without_gradient(parameters)
+            out: Tensor = vjp(without_gradient, parameters)[0]  # in which parameters say that they require one
+            return out
 
         return [vmap(one, randomness="error")(rows, buffers)]
 
     @torch.no_grad()
-    def _evaluate_one_by_one(self, rows: Rows, buffers: dict[str, Tensor], data: Batch, part: int) -> Tensor:
+    def _evaluate_one_by_one(
+        self, rows: Rows, buffers: dict[str, Tensor], data: Batch, part: int, trainable: bool = True
+    ) -> Tensor:
         self.wrapper.eval()
         found = []
         with RandomStream(0) as stream:
             for slot in range(len(rows[0])):
                 stream.reseed(mix_seed(part))
                 own = {name: value[slot].clone() for name, value in buffers.items()}
-                found.append(self._call(self._parameters(rows, slot), own, data.tensors, None)[0])
+                found.append(self._call(self._parameters(rows, slot, trainable), own, data.tensors, None)[0])
         return torch.stack(found)
 
     @contextmanager
@@ -357,6 +373,10 @@ class Objective:
                 data = next(iter(self.validation)).batch
                 before = random.getstate(), str(np.random.get_state())
                 found = self._fused_gradient(True, rows, buffers(), probe.tensors, keys)
+                solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
+                first = tuple(segment[:1] for segment in rows), {n: value[:1] for n, value in buffers().items()}
+                as_frozen = self._evaluate_one_by_one(*first, data, 0, trainable=False)
+                self._asks_for_gradients = not torch.equal(as_frozen, solo_evaluated[:1])
                 with torch.no_grad():
                     (evaluated,) = self._fused_evaluation(rows, buffers(), data.tensors)
                 if before != (random.getstate(), str(np.random.get_state())):
@@ -368,7 +388,6 @@ class Objective:
             return slow[0]
         fused, losses = torch.cat(found[: len(rows)], dim=1), found[len(rows)]
         solo, solo_losses = self._gradient_one_by_one(rows, buffers(), probe, keys)
-        solo_evaluated = self._evaluate_one_by_one(rows, buffers(), data, 0)
         for what, ours, theirs in (
             ("gradient", fused, torch.cat(solo, dim=1)),
             ("loss", losses, solo_losses),
