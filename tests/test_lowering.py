@@ -220,6 +220,31 @@ MODELS |= {
 }
 
 
+def with_keywords(layer, x):
+    """Functions called by their arguments' names, of images as `Images` makes them and of their lines."""
+    images = F.conv2d(input=x[..., None] * x.cos()[..., None, :], weight=layer.weight, padding=1, bias=layer.bias)
+    lines = torch.conv1d(input=x.transpose(1, 2), weight=layer.weight.flatten(0, 1)[:4, :, :1].repeat(1, 8, 1)[:, :8])
+    halved = F.avg_pool2d(input=F.max_pool2d(input=images, kernel_size=2), kernel_size=2)
+    norm = F.batch_norm(input=images, running_mean=None, running_var=None, training=True)
+    shaped = images.view(size=(-1,)), images.view(dtype=images.dtype)
+    lowered = torch.avg_pool1d(input=lines, kernel_size=1), F.max_pool1d(input=lines, kernel_size=1)
+    classes = norm.flatten(1)[:, :9]
+    targets = torch.arange(len(x)) % 9
+    return (
+        *(halved, *shaped, *lowered),
+        torch.softmax(input=classes, dim=-1) + F.log_softmax(input=classes, dim=1),
+        F.cross_entropy(input=classes, target=targets, reduction="mean"),
+    )
+
+
+MODELS |= {
+    "convolution and more, called by keywords": lambda: Calls(with_keywords, nn.Conv2d(3, 4, 3)),
+    "scaled dot product, called by keywords": lambda: Calls(
+        partial(by_heads, lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q))
+    ),
+}
+
+
 def tensors_of(out):
     """All tensors in a model's output."""
     if isinstance(out, torch.Tensor):
@@ -444,6 +469,21 @@ def test_under_autocast_the_products_are_rounded_as_torch_rounds_them():
         ):
             assert found.dtype == torch.float32
             assert (found - one).norm() < 0.05 * one.norm()
+
+
+def names_behind(node):
+    """Of a gradient's operations."""
+    return node.name() + "".join(names_behind(one) for one, _ in node.next_functions if one is not None)
+
+
+def test_what_has_no_dropout_can_be_left_to_torch():
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with Lowering(fail):
+        assert F.conv2d(x, weight).grad_fn.name() != "ConvolutionBackward0"
+    with Lowering(fail, all_of_them=False):
+        assert F.conv2d(x, weight).grad_fn.name() == "ConvolutionBackward0"
+        states, _ = nn.GRU(SIZE, 6)(torch.randn(LENGTH, BATCH, SIZE))
+    assert "_Gru" in names_behind(states.grad_fn)
 
 
 # --- in the trainer

@@ -167,3 +167,50 @@ def test_a_penalty_is_in_force_in_captured_steps(monkeypatch):
     assert found == same(plain_curve(task, settings()))
     kinds = [kind for name in (GRADIENT, EVALUATION) for kind in trainer.objective.replay._of(name)]
     assert [kind.captured is not None for kind in kinds] == [True, True]
+
+
+# --- models with a dropout within a layer, and with much else
+
+
+class Looking(nn.Module):
+    """A convolution, which is changed in place, under an encoder with dropout."""
+
+    def __init__(self, dropout=0.2):
+        super().__init__()
+        self.see = nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(inplace=True))
+        self.encode = nn.TransformerEncoderLayer(4, 2, 8, dropout, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        seen = self.see((x[:, None, :] * x[:, :, None])[:, None])  # [batch, 4, features - 1, features - 1]
+        return self.head(self.encode(seen.flatten(2).mT).mean(1))
+
+
+def smoothed(model, batch):
+    """The error, and how fast it changes with the input."""
+    with torch.enable_grad():
+        x = batch[0].clone().requires_grad_()
+        error = (model(x) - batch[1]).square().mean()
+        (slope,) = torch.autograd.grad(error, x, create_graph=True)
+    return error + slope.square().mean()
+
+
+def test_layers_beside_a_dropout_within_another_are_torchs_own_where_slots_train_one_after_the_other(mode):
+    trials = [settings(), settings(0.02, 1)]
+    assert curve(make_task(lambda: Looking(0.0)), trials, mode=mode)[0] == same(
+        plain_curve(make_task(lambda: Looking(0.0)), settings())
+    )
+    dropping = make_task(Looking)
+    assert curve(dropping, trials, mode=mode)[0] == same(curve(dropping, [settings()], mode="fused")[0])
+
+
+def test_a_penalty_on_the_slope_of_a_model_with_dropout_within_a_layer_is_differentiated():
+    trials = [settings(), settings(0.02, 1)]
+    task = make_task(lambda: Looking(1e-9), loss=smoothed)  # without any, torch itself cannot do it
+    found, trainer = curve(task, trials)
+    assert not trainer.objective.batch_slots
+    assert found == same(plain_curve(task, settings()))
+    dropping = make_task(Looking, loss=smoothed)
+    found, trainer = curve(dropping, trials)
+    assert not trainer.objective.batch_slots
+    assert found == same(curve(dropping, [settings()], mode="sequential")[0])

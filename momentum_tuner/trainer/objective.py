@@ -68,6 +68,7 @@ class Objective:
         self.wrapper = Wrapper(model, task)
         self._keys = tuple(f"model.{name}" for name in self.wrapper.key_names)
         self._lowering = Lowering(self.wrapper.calls.drop)
+        self._lowering_of_dropout = Lowering(self.wrapper.calls.drop, all_of_them=False)
         self.replay = Replay(self.wrapper)
         self.layout = Layout.of(model)
         self._frozen = [f"model.{name}" for name, p in model.named_parameters() if not p.requires_grad]
@@ -250,8 +251,10 @@ class Objective:
         if key is not None:
             state |= dict.fromkeys(self._keys, key)
         with ExitStack() as stack:
-            if (lowered or (self._draws_within and key is not None)) and not smooth:
+            if lowered:
                 stack.enter_context(self._lowering)
+            elif self._draws_within and key is not None:
+                stack.enter_context(self._lowering_of_dropout)
             if self.autocast and not smooth:
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
             out = functional_call(self.wrapper, state, (batch, then))

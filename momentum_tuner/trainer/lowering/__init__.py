@@ -31,8 +31,8 @@ Drop = Callable[[Tensor, float], Tensor]
 
 
 def _recurrent(kind: str) -> Callable[..., Any]:
-    def lower(drop: Drop, *args: Any) -> Any:
-        return lower_recurrent(kind, drop, args)
+    def lower(drop: Drop, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if kwargs else lower_recurrent(kind, drop, args)
 
     return lower
 
@@ -73,11 +73,13 @@ class Lowering(TorchFunctionMode):
 
     Args:
         drop: the dropout within them.
+        all_of_them: those without a dropout, too.
     """
 
-    def __init__(self, drop: Drop) -> None:
+    def __init__(self, drop: Drop, all_of_them: bool = True) -> None:
         super().__init__()
         self._drop = drop
+        self._plain = _PLAIN if all_of_them else {}
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Call the function, or what stands in for it."""
@@ -85,8 +87,10 @@ class Lowering(TorchFunctionMode):
         out = NotImplemented
         if func in _WITH_DROPOUT:
             out = _WITH_DROPOUT[func](self._drop, *args, **kwargs)
-        elif func in _PLAIN:
-            out = _PLAIN[func](*args, **kwargs)
+        elif func in self._plain:
+            if "input" in kwargs:  # the first argument of all of them
+                args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+            out = self._plain[func](*args, **kwargs)
         return func(*args, **kwargs) if out is NotImplemented else out
 
 

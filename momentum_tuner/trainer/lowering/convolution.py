@@ -97,10 +97,11 @@ def of_line(value: Any, other: int) -> Pair | None:
     return None if found is None or found[0] != found[1] else (other, found[1])
 
 
-def lower_view(x: Tensor, *shape: Any) -> Any:
+def lower_view(x: Tensor, *shape: Any, size: Any = (), **kwargs: Any) -> Any:
     """`Tensor.view` of what a lowered convolution has left in an order in which it cannot be: a copy instead."""
+    shape = shape or (size,)
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
-    known = len(sizes) > 0 and all(isinstance(n, int) for n in sizes)
+    known = not kwargs and len(sizes) > 0 and all(isinstance(n, int) for n in sizes)
     return x.reshape(sizes) if known and not x.is_contiguous() else NotImplemented
 
 
