@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from momentum_tuner.errors import TaskError
 from momentum_tuner.trainer import Trainer, TrialSettings, replay
 from momentum_tuner.trainer.data import MemorySource
 from momentum_tuner.trainer.objective import EVALUATION, GRADIENT
@@ -214,3 +215,101 @@ def test_a_penalty_on_the_slope_of_a_model_with_dropout_within_a_layer_is_differ
     found, trainer = curve(dropping, trials)
     assert not trainer.objective.batch_slots
     assert found == same(curve(dropping, [settings()], mode="sequential")[0])
+
+
+# --- what a model keeps in attributes
+
+
+class Keeping(nn.Module):
+    """What it gives depends on its step, which it keeps in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.inner = nn.Linear(FEATURES, 1), nn.Module()
+        self.start()
+
+    def forward(self, x):
+        if self.training:
+            self.count()
+        return self.line(x) * self.factor()
+
+
+class InAnAttribute(Keeping):
+    def start(self):
+        self.inner.step = 0
+
+    def count(self):
+        self.inner.step += 1
+
+    def factor(self):
+        return 1 - 0.9**self.inner.step
+
+
+class InALimitedAttribute(InAnAttribute):
+    def count(self):
+        self.inner.step = min(self.inner.step + 1, 100)
+
+
+class InAList(InAnAttribute):
+    def start(self):
+        self.inner.step = []
+
+    def count(self):
+        self.inner.step.append(None)
+
+    def factor(self):
+        return 1 - 0.9 ** len(self.inner.step)
+
+
+class InABuffer(InAnAttribute):
+    def start(self):
+        self.inner.register_buffer("step", torch.zeros(()))
+
+
+@pytest.mark.parametrize("model", [InAnAttribute, InALimitedAttribute, InAList])
+def test_a_model_that_counts_its_steps_in_an_attribute_is_told_to_keep_them_in_a_buffer(model, mode):
+    with pytest.raises(TaskError) as caught:
+        Trainer(make_task(model), epochs=1, mode=mode)
+    assert str(caught.value) == (
+        "task.model: inner.step changes in every training step, and all trials would share it; "
+        "let the model keep it in a buffer, by register_buffer, of which each trial has its own"
+    )
+
+
+def test_with_its_steps_in_a_buffer_a_model_trains_as_with_an_attribute_alone(mode):
+    trials = [settings(), settings(0.02, 1), settings(0.02)]
+    assert curve(make_task(InABuffer), trials, mode=mode)[0] == same(plain_curve(make_task(InAnAttribute), settings()))
+
+
+class Remembering(nn.Module):
+    """It keeps what does no harm: what is made once, what is not used again, and what is no number."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.cache, self.scale, self.outputs, self.last = nn.Linear(FEATURES, 1), {}, None, [], None
+
+    def forward(self, x):
+        if len(x) not in self.cache:
+            self.cache[len(x)] = 0.5
+        if self.scale is None:
+            self.scale = float(len(self.cache))
+        if self.training:
+            self.outputs.append(len(x))
+        self.last = x.detach()
+        return self.line(x) * self.cache[len(x)] * self.scale
+
+
+def test_attributes_that_do_not_count_steps_are_let_be(mode):
+    task = make_task(Remembering)
+    assert curve(task, [settings(), settings(0.02, 1)], mode=mode)[0] == same(plain_curve(task, settings()))
+
+
+class Faulty(nn.Linear):
+    def forward(self, x):
+        raise ValueError("not today")
+
+
+def test_a_model_that_cannot_be_called_says_so_when_a_trial_comes():
+    trainer = Trainer(make_task(lambda: Faulty(FEATURES, 1)), epochs=1, slots=1)
+    with pytest.raises(ValueError, match="not today"):
+        trainer.admit("a", settings())

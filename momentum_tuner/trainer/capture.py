@@ -19,6 +19,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from momentum_tuner.trainer.attributes import plain_attributes
 from momentum_tuner.trainer.lowering.slotwise import SlotFunction
 from momentum_tuner.trainer.reuse import LIES, VIEWS, lie_alike, reuse_memory
 
@@ -58,7 +59,7 @@ def capture(function: Function, tensors: Sequence[Tensor], stacked: Sequence[boo
     graphs, attributes = [], []
     for width in _WIDTHS:
         graphs.append(_trace(function, tensors, stacked, width))
-        attributes.append(_plain_attributes(state))
+        attributes.append(plain_attributes(state))
     if attributes[0] != attributes[1]:
         raise NotCapturedError("the model writes to its own attributes as it is called")
     nodes = [list(graph.graph.nodes) for graph in graphs]
@@ -114,18 +115,6 @@ class _RefuseReading(TorchFunctionMode):
         if func is custom_function_call and not (args[0].generate_vmap_rule or issubclass(args[0], SlotFunction)):
             raise NotCapturedError(f"{args[0].__name__} has a rule for vmap in Python")
         return func(*args, **(kwargs or {}))
-
-
-def _plain_attributes(module: nn.Module) -> list[tuple[str, str, Any]]:
-    """Numbers, texts and lengths of lists among the attributes of a module and those below it."""
-    found: list[tuple[str, str, Any]] = []
-    for name, layer in module.named_modules():
-        for attribute, value in vars(layer).items():
-            if isinstance(value, int | float | str | None):
-                found.append((name, attribute, value))
-            elif isinstance(value, list | dict | set):
-                found.append((name, attribute, len(value)))
-    return found
 
 
 def _generalize(narrow: fx.GraphModule, wide: fx.GraphModule) -> None:

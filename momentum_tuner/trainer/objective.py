@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +20,17 @@ from torch.utils._pytree import tree_map
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
+from momentum_tuner.trainer.attributes import check_attributes
 from momentum_tuner.trainer.data import Batch, Validation, slice_slot
 from momentum_tuner.trainer.layout import Layout, Rows, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
+from momentum_tuner.trainer.memory import first_line
 from momentum_tuner.trainer.products import fast_products, rounding
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 from momentum_tuner.trainer.replay import Replay, relative_difference
 from momentum_tuner.trainer.wrapper import Wrapper
+
+logger = logging.getLogger(__name__)
 
 GRADIENT, EVALUATION = "gradient", "evaluation"
 """The fused functions by name, as `Replay` knows them."""
@@ -75,6 +80,8 @@ class Objective:
         first = self._start(0)
         self.shared: dict[str, Tensor] = {}
         """Buffers and frozen parameters that are alike for every seed and never change: held once, not per slot."""
+        self.wrapper.to(self.device)
+        self._check_attributes(first, probe)
         self.shared = self._find_shared(first, probe)
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
@@ -211,18 +218,28 @@ class Objective:
         buffers = {f"model.{n}": b.detach().clone().to(self.device) for n, b in state_beside_parameters(model).items()}
         return Start(self.layout.flatten(model).to(self.device), buffers)
 
+    def _first_step(self, start: Start, probe: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a training step, and the buffers after it."""
+        self.wrapper.train()
+        buffers = {name: value.clone() for name, value in start.buffers.items()}
+        with RandomStream(0), torch.enable_grad():
+            return self._call(self.layout.views(self.layout.split(start.row)), buffers, slice_slot(probe, 0), None)
+
+    def _check_attributes(self, start: Start, probe: Batch) -> None:
+        try:
+            check_attributes(self.wrapper.model, lambda: self._first_step(start, probe)[0])
+        except TaskError:
+            raise
+        except Exception as error:  # which the trials are the ones to say
+            logger.debug("what the model keeps in attributes is not known: %s", first_line(error))
+
     def _find_shared(self, first: Start, probe: Batch) -> dict[str, Tensor]:
         """What is equal under two seeds and after a training step."""
-        self.wrapper.to(self.device)
         if not first.buffers:
             return {}
         second = self._start(1)
         varying = differing(first.buffers, second.buffers)
-        after = {name: value.clone() for name, value in first.buffers.items()}
-        self.wrapper.train()
-        with RandomStream(0), torch.enable_grad():
-            parameters = self.layout.views(self.layout.split(first.row))
-            _, after = self._call(parameters, after, slice_slot(probe, 0), None)
+        _, after = self._first_step(first, probe)
         varying |= differing(first.buffers, after) | running_statistics(self.wrapper)
         return {name: value for name, value in first.buffers.items() if name not in varying}
 
