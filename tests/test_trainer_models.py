@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from momentum_tuner.errors import TaskError
-from momentum_tuner.trainer import Trainer, TrialSettings, replay
+from momentum_tuner.trainer import Trainer, TrialSettings, fill_model, replay
 from momentum_tuner.trainer.data import MemorySource
 from momentum_tuner.trainer.objective import EVALUATION, GRADIENT
 
-from .half_epochs import BATCH, FEATURES, make_task
+from .half_epochs import BATCH, FEATURES, STEPS, make_task
 
 torch.set_num_threads(1)
 
@@ -313,3 +313,44 @@ def test_a_model_that_cannot_be_called_says_so_when_a_trial_comes():
     trainer = Trainer(make_task(lambda: Faulty(FEATURES, 1)), epochs=1, slots=1)
     with pytest.raises(ValueError, match="not today"):
         trainer.admit("a", settings())
+
+
+# --- a model of its own from a slot's state
+
+
+class Features(nn.Module):
+    """Random features, and how often it was trained, neither of which is in its state dict; a frozen layer."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.register_buffer("directions", torch.randn(FEATURES, width), persistent=False)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+        self.norm, self.frozen = nn.BatchNorm1d(width), nn.Linear(width, width).requires_grad_(False)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, x):
+        self.steps += self.training
+        return self.out(self.frozen(self.norm(torch.cos(x @ self.directions)))) / (1 + self.steps)
+
+
+def test_a_model_is_filled_with_all_that_a_slot_has(mode):
+    task = make_task(Features)
+    expected = plain_curve(task, settings())
+    found, trainer = curve(task, [settings(0.02, 1), settings()], which=1, mode=mode)
+    assert found == same(expected)
+    torch.manual_seed(0)
+    model = fill_model(Features(), trainer.export(1).tensors).eval()
+    with torch.no_grad():
+        assert task.loss(model, task.valid.tensors).item() == pytest.approx(expected[-1], rel=1e-4)
+    assert model.steps.item() == EPOCHS * STEPS
+
+
+def test_a_model_is_not_filled_with_what_another_has():
+    task = make_task(Features)
+    trainer = Trainer(task, epochs=1, slots=1)
+    trainer.admit("a", settings())
+    tensors = trainer.export("a").tensors
+    with pytest.raises(TaskError, match=r"^task.model: it has no frozen.weight of shape \[8, 8\], which was trained$"):
+        fill_model(nn.Linear(FEATURES, 5), tensors | {"parameters": torch.zeros(25)})
+    with pytest.raises(TaskError, match=r"it has no directions of shape \[4, 4\]"):
+        fill_model(Features(), tensors | {"buffer/model.directions": torch.zeros(4, 4)})

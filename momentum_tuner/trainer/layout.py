@@ -116,14 +116,20 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     Args:
         model: of the slot's task.
         tensors: those of the slot's `SlotState`: `parameters` `[parameters]`, and `buffer/model.<name>`.
+
+    Raises:
+        TaskError: they are not those of such a model.
     """
     prefix = "buffer/model."  # a trainer's model is a part of the module that computes its loss
     layout = Layout.of(model)
     values = layout.views(layout.split(tensors["parameters"]))
     values |= {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith("buffer/")}
-    unknown = model.load_state_dict(values, strict=False).unexpected_keys
-    if unknown:
-        raise TaskError(f"task.model: it has no {unknown[0]}, which was trained")
+    there = dict(model.named_parameters()) | dict(model.named_buffers())  # a state dict lacks what is not persistent
+    with torch.no_grad():
+        for name, value in values.items():
+            if name not in there or there[name].shape != value.shape:
+                raise TaskError(f"task.model: it has no {name} of shape {list(value.shape)}, which was trained")
+            there[name].copy_(value)
     return model
 
 
