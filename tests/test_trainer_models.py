@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from momentum_tuner.errors import TaskError
+from momentum_tuner.tasks import check_task
 from momentum_tuner.trainer import Trainer, TrialSettings, fill_model, replay
 from momentum_tuner.trainer.data import MemorySource
 from momentum_tuner.trainer.objective import EVALUATION, GRADIENT
@@ -354,3 +355,107 @@ def test_a_model_is_not_filled_with_what_another_has():
         fill_model(nn.Linear(FEATURES, 5), tensors | {"parameters": torch.zeros(25)})
     with pytest.raises(TaskError, match=r"it has no directions of shape \[4, 4\]"):
         fill_model(Features(), tensors | {"buffer/model.directions": torch.zeros(4, 4)})
+
+
+# --- layers that are not like others
+
+
+class Embedded(nn.Module):
+    """Takes its input's signs for words, 16 in all."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embed, self.out = embedding, nn.Linear(8, 1)
+
+    def forward(self, x):
+        words = ((x[:, :2] > 0).long() + (x[:, 2:] > 0).long() * 2 + torch.arange(2) * 4) * 2
+        return self.out(self.embed(words).flatten(1))
+
+
+class Rotating(nn.Module):
+    """Turns its input by complex numbers, which follow the seed or do not."""
+
+    def __init__(self, by_seed):
+        super().__init__()
+        angles = torch.rand(4) if by_seed else torch.arange(4.0)
+        self.register_buffer("turn", torch.polar(torch.ones(4), angles))
+        self.first, self.last = nn.Linear(FEATURES, 8), nn.Linear(4, 1)
+
+    def forward(self, x):
+        turned = torch.view_as_complex(self.first(x).unflatten(1, (4, 2))) * self.turn
+        return self.last(turned.imag.tanh())
+
+
+RARE = {
+    "small embedding of limited length": (lambda: Embedded(nn.Embedding(16, 4, max_norm=0.5)), False),
+    "large embedding of limited length": (lambda: Embedded(nn.Embedding(400, 4, max_norm=0.5)), False),
+    "small sparse embedding": (lambda: Embedded(nn.Embedding(16, 4, sparse=True)), True),
+    "large sparse embedding": (lambda: Embedded(nn.Embedding(400, 4, sparse=True)), True),
+    "complex buffer": (lambda: Rotating(False), True),
+    "complex buffer that follows the seed": (lambda: Rotating(True), True),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_layers_unlike_others_train_as_in_a_plain_loop(name, precision):
+    model, fused = RARE[name]
+    task = make_task(model)
+    trials = [settings(weight_decay=0.0), settings(0.02, 1, weight_decay=0.0)]
+    expected = plain_curve(task, trials[0])
+    for mode in ("auto", "sequential"):
+        found, trainer = curve(task, trials, mode=mode, precision=precision)
+        assert found == same(expected)
+        assert trainer.objective.batch_slots == (fused and mode == "auto")
+
+
+def test_complex_buffers_are_as_exact_as_the_rest():
+    trainer = Trainer(make_task(lambda: Rotating(True)), epochs=1, slots=1, precision="float64")
+    assert trainer.objective.own["model.turn"][1] == torch.complex128
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(FEATURES, 1, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(self.weight.dtype) @ self.weight).real
+
+
+REFUSED = {
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 1)),
+        "Task.model: 0.weight has no shape before the first batch; initialize it in the factory, by calling the model "
+        "on an example before it is returned",
+    ),
+    "lazy statistics": (
+        lambda: nn.Sequential(nn.Linear(FEATURES, 8), nn.LazyBatchNorm1d(affine=False), nn.Linear(8, 1)),
+        "Task.model: 1.running_mean has no shape before the first batch; initialize it in the factory, by calling the "
+        "model on an example before it is returned",
+    ),
+    "complex": (
+        Complex,
+        "Task.model: weight is complex, and an optimizer's state is real; make it a real parameter [..., 2], of which "
+        "the model takes torch.view_as_complex",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("look", [check_task, lambda task: Trainer(task, epochs=1)], ids=["check_task", "Trainer"])
+def test_parameters_without_a_shape_or_a_real_value_are_refused_in_one_line(name, look):
+    model, message = REFUSED[name]
+    with pytest.raises(TaskError) as caught:
+        look(make_task(model))
+    assert str(caught.value) == message
+
+
+def test_a_lazy_model_that_was_called_in_its_factory_trains(mode):
+    def build():
+        model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(1))
+        model(torch.zeros(1, FEATURES))
+        return model
+
+    task = make_task(build)
+    assert curve(task, [settings(), settings(0.02, 1)], mode=mode)[0] == same(plain_curve(task, settings()))

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 import torch
 from pydantic import ConfigDict, ValidationError, validate_call
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -171,6 +172,7 @@ def check_task(task: Task | Loop) -> None:
             model: object = task.model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task.model must return a torch.nn.Module, not {type(model).__name__}")
+        check_parameters(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
             raise TaskError("Task.model has no trainable parameters")
@@ -184,6 +186,25 @@ def check_task(task: Task | Loop) -> None:
     size = sum(parameter.numel() for parameter in parameters)
     if task.optimum is not None and task.optimum.numel() != size:
         raise TaskError(f"Task.optimum has {task.optimum.numel()} values, the model {size} parameters")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """See that a model's parameters have their shapes, and are real.
+
+    Raises:
+        TaskError: in one line, which is not, and what to do.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TaskError(
+                f"Task.model: {name} has no shape before the first batch; initialize it in the factory, by calling "
+                "the model on an example before it is returned"
+            )
+        if tensor.requires_grad and tensor.is_complex():
+            raise TaskError(
+                f"Task.model: {name} is complex, and an optimizer's state is real; make it a real parameter "
+                "[..., 2], of which the model takes torch.view_as_complex"
+            )
 
 
 def _check_gradient(task: Task, model: nn.Module, parameters: list[nn.Parameter]) -> None:

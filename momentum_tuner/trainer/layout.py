@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from momentum_tuner.errors import TaskError
+from momentum_tuner.tasks.task import check_parameters
 
 ALONE = 1024
 """Elements from which a parameter has a segment of its own; all smaller ones share one, as each segment costs an update
@@ -45,8 +46,9 @@ class Layout:
         """The layout of a model's trainable parameters.
 
         Raises:
-            TaskError: the model has none, or they differ in dtype.
+            TaskError: the model has none, or they differ in dtype, are complex or have no shape yet.
         """
+        check_parameters(model)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise TaskError("task.model: the model has no trainable parameters")

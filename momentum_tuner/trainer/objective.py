@@ -209,8 +209,16 @@ class Objective:
         return {name: value._version for name, value in self.shared.items()}
 
     def _build(self) -> nn.Module:
-        model = self.task.model()
-        return model.to(dtype=self._dtype) if self._dtype is not None else model
+        model, dtype = self.task.model(), self._dtype
+        if dtype is None:
+            return model
+
+        def cast(tensor: Tensor) -> Tensor:  # unlike `to`, which takes the real part of complex buffers
+            to = dtype.to_complex() if tensor.is_complex() else dtype
+            return tensor.to(to) if tensor.is_complex() or tensor.is_floating_point() else tensor
+
+        model._apply(cast)  # type: ignore[no-untyped-call]
+        return model
 
     def _start(self, seed: int) -> Start:
         with RandomStream(seed):

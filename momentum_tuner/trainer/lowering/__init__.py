@@ -37,6 +37,16 @@ def _recurrent(kind: str) -> Callable[..., Any]:
     return lower
 
 
+def _lower_embedding(
+    x: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """An embedding whose gradient is sparse, for which vmap has no rules, as one whose gradient is dense."""
+    options = dict(zip(("norm_type", "scale_grad_by_freq", "sparse"), args, strict=False)) | kwargs
+    if max_norm is not None or not options.get("sparse"):
+        return NotImplemented
+    return functional.embedding(x, weight, padding_idx, **(options | {"sparse": False}))
+
+
 _WITH_DROPOUT: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
         torch.rnn_tanh: _recurrent("tanh"),
@@ -56,6 +66,7 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
             (torch.log_softmax, functional.log_softmax, Tensor.log_softmax), partial(lower_softmax, torch.log_softmax)
         ),
         functional.cross_entropy: lower_cross_entropy,
+        functional.embedding: _lower_embedding,
         functional.batch_norm: lower_batch_norm,
         Tensor.view: lower_view,
         torch.conv1d: lower_line_convolution,
