@@ -14,9 +14,9 @@ from momentum_tuner import Task
 from momentum_tuner.trainer import Trainer, TrialSettings
 from momentum_tuner.trainer.data import MemorySource
 from momentum_tuner.trainer.dropout import _Calls
-from momentum_tuner.trainer.lowering import Lowering, draws_within
+from momentum_tuner.trainer.lowering import Lowering, convolution, draws_within
 from momentum_tuner.trainer.lowering.attention import lower_attention
-from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_line_convolution
+from momentum_tuner.trainer.lowering.convolution import PatchMemory, lower_convolution, lower_line_convolution
 from momentum_tuner.trainer.lowering.pooling import lower_average_pooling, lower_max_pooling
 from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
@@ -378,22 +378,44 @@ def test_averages_but_of_windows_side_by_side_are_left_to_torch():
 
 def test_convolutions_with_more_to_them_or_too_large_are_left_to_torch():
     x, weight = torch.randn(6, 4, 8, 8), torch.randn(8, 4, 3, 3)
-    assert lower_convolution(x, weight) is not NotImplemented
-    assert lower_convolution(x, weight[:, :2], groups=2) is NotImplemented
-    assert lower_convolution(x, weight, dilation=2) is NotImplemented
-    assert lower_convolution(x, weight, padding="same") is NotImplemented
-    assert lower_convolution(x[0], weight) is NotImplemented
-    assert lower_convolution(x, weight, stride=(1.5, 1)) is NotImplemented
-    assert lower_convolution(torch.empty(64, 64, 64, 64), torch.empty(64, 64, 3, 3)) is NotImplemented  # for its memory
-    assert lower_line_convolution(x[:, 0], weight[0], padding="same") is NotImplemented
-    assert lower_line_convolution(x[:, 0], weight[0], stride=(1.5,)) is NotImplemented
-    assert lower_line_convolution(x[0, 0], weight[0]) is NotImplemented
+    lower, lower_line = (partial(f, memory=PatchMemory()) for f in (lower_convolution, lower_line_convolution))
+    assert lower(x, weight) is not NotImplemented
+    assert lower(x, weight[:, :2], groups=2) is NotImplemented
+    assert lower(x, weight, dilation=2) is NotImplemented
+    assert lower(x, weight, padding="same") is NotImplemented
+    assert lower(x[0], weight) is NotImplemented
+    assert lower(x, weight, stride=(1.5, 1)) is NotImplemented
+    assert lower(torch.empty(64, 64, 64, 64), torch.empty(64, 64, 3, 3)) is NotImplemented  # for its memory
+    assert lower_line(x[:, 0], weight[0], padding="same") is NotImplemented
+    assert lower_line(x[:, 0], weight[0], stride=(1.5,)) is NotImplemented
+    assert lower_line(x[0, 0], weight[0]) is NotImplemented
     with torch.autocast("cpu", torch.bfloat16):
-        assert lower_convolution(x, weight) is NotImplemented
+        assert lower(x, weight) is NotImplemented
     with Lowering(fail), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         F.conv2d(x[..., :2, :2], weight)
     with Lowering(fail), pytest.raises(RuntimeError, match="to have 4 channels"):
         F.conv2d(x[:, :3], weight)
+
+
+def test_the_patches_of_all_layers_of_a_forward_pass_share_the_memory_for_them(monkeypatch):
+    monkeypatch.setattr(convolution, "MOST_IN_PATCHES", 2 * 6 * 64 * 36)  # of two layers
+    x, weight = torch.randn(6, 4, 8, 8), torch.randn(4, 4, 3, 3, requires_grad=True)
+
+    def lowered():
+        """Whether the examples are innermost after each of three layers."""
+        after = []
+        out = x
+        for _ in range(3):
+            out = F.conv2d(out, weight, padding=1)
+            after.append(out.stride(0) == 1)
+        return after
+
+    mode = Lowering(fail)
+    for _ in range(2):
+        with mode:
+            assert lowered() == [True, True, False]
+    with mode, torch.no_grad():  # where they are not kept
+        assert lowered() == [True, True, True]
 
 
 @pytest.mark.parametrize("classes", [3, 9, 40])

@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from momentum_tuner import Task
 from momentum_tuner.errors import TaskError
-from momentum_tuner.tasks import check_task, digits_cnn, digits_mlp, double_well, quadratic, rosenbrock
+from momentum_tuner.tasks import (
+    check_task,
+    digits_cnn,
+    digits_mlp,
+    digits_rnn,
+    digits_transformer,
+    double_well,
+    quadratic,
+    rosenbrock,
+)
 from momentum_tuner.trainer import ScheduleSettings, SlotState, Trainer, TrialSettings
 from momentum_tuner.trainer.data import MemorySource, TrainingData
 from momentum_tuner.trainer.dropout import KeyedDropout, _Calls, key_dropout, step_keys
@@ -864,6 +873,58 @@ def test_validation_is_over_the_whole_set_each_example_alike(kind):
         error = perceptron().double()(x.double()) - y
         assert record.valid_loss == pytest.approx(error.square().mean().item(), rel=1e-12)
         assert record.metrics["error"] == pytest.approx(error.abs().mean().item(), rel=1e-12)
+
+
+class Wide(nn.Module):
+    """Its training keeps 160,000 bytes for an example."""
+
+    def __init__(self, width=20_000):
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, width), nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).sin())
+
+
+def parts(trainer):
+    return [part.weight for part in trainer.objective.validation]
+
+
+def test_validation_is_in_parts_for_which_memory_suffices_where_it_suffices_for_a_step(mode):
+    task = make_task(Wide, valid=TensorDataset(*examples(150, seed=1)))
+    trainer = Trainer(task, epochs=1, slots=2, mode=mode)
+    assert parts(trainer) == [64, 64, 22]  # 8 MiB would be of 52 examples
+    record = trainer.admit("a", momentum(seed=1))
+    torch.manual_seed(1)
+    model = Wide()
+    with torch.no_grad():
+        assert record.valid_loss == pytest.approx(task.loss(model, task.valid.tensors).item(), rel=1e-5)
+    assert parts(Trainer(make_task(lambda: Wide(5_000), valid=task.valid), epochs=1, slots=1, mode=mode)) == [150]
+
+
+def test_validation_of_small_models_is_in_large_parts():
+    for task in (digits_mlp(hidden=64), digits_cnn(), digits_rnn(cell="lstm"), digits_transformer()):
+        assert parts(Trainer(task, epochs=1, slots=1, mode="sequential")) == [360]
+    valid = TensorDataset(*examples(2500))
+    assert parts(Trainer(make_task(valid=valid), epochs=1, slots=1)) == [1024, 1024, 452]
+
+
+def test_the_parameters_themselves_do_not_make_parts_smaller():
+    def backbone():
+        frozen = nn.Linear(500, 500).requires_grad_(False)
+        return nn.Sequential(nn.Linear(FEATURES, 500), frozen, nn.Linear(500, 500), nn.Linear(500, 1))
+
+    task = make_task(backbone, valid=TensorDataset(*examples(2500)))
+    assert parts(Trainer(task, epochs=1, slots=1, mode="sequential")) == [1024, 1024, 452]
+
+
+def test_where_what_a_step_keeps_is_not_to_be_known_parts_are_large():
+    def with_slope(model, batch):
+        slope = torch.func.grad(lambda x: model(x).sum())(batch[0])
+        return (model(batch[0]) - batch[1]).square().mean() + slope.square().mean()
+
+    task = make_task(Wide, loss=with_slope, valid=TensorDataset(*examples(150)))
+    assert parts(Trainer(task, epochs=1, slots=1, mode="sequential")) == [150]
 
 
 # --- landscapes

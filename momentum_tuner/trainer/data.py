@@ -22,6 +22,9 @@ GATHERED_AT_ONCE = 1 << 24
 """Bytes of minibatches that are gathered in one go: each gather costs calls, whatever its size."""
 EVALUATION_BATCH = 1024
 """Validation examples per forward pass, the same for every width, so that the width does not change a sum's order."""
+LEAST_EVALUATION_BATCH = 64
+EVALUATION_BYTES = 8 << 20
+"""What a slot's training would keep for the examples of a forward pass of the validation, which keeps less."""
 
 Order = tuple[int, int]
 """What a slot's data order follows from: its trial's seed and the epoch, counted from 1."""
@@ -278,15 +281,33 @@ class Validation:
         self._device = device
         self._dtype = dtype
         self._batches: list[ValidationBatch] | None = None
+        self._tensors: list[Tensor] = []
         self._iterable: Iterable[Any] | None = None
         if task.valid is None:
             self._batches = [ValidationBatch(Batch(None, shared=True), 1)]
         elif isinstance(task.valid, TensorDataset):
-            tensors = [place(t, device, dtype) for t in task.valid.tensors]
-            pieces = zip(*(t.split(EVALUATION_BATCH) for t in tensors), strict=True)
-            self._batches = [ValidationBatch(Batch(piece, shared=True), len(piece[0])) for piece in pieces]
+            self._tensors = [place(t, device, dtype) for t in task.valid.tensors]
+            self._divide(EVALUATION_BATCH)
         else:
             self._iterable = task.valid
+
+    @property
+    def divisible(self) -> bool:
+        """Whether smaller parts can be made."""
+        return bool(self._tensors) and len(self._tensors[0]) > LEAST_EVALUATION_BATCH
+
+    def fit(self, bytes_per_example: float) -> None:
+        """Make the parts as small as memory asks for.
+
+        Args:
+            bytes_per_example: that a slot's training keeps for the gradient.
+        """
+        examples = int(EVALUATION_BYTES / max(bytes_per_example, 1.0))
+        self._divide(min(EVALUATION_BATCH, max(LEAST_EVALUATION_BATCH, examples)))
+
+    def _divide(self, examples: int) -> None:
+        pieces = zip(*(torch.split(t, examples) for t in self._tensors), strict=True)
+        self._batches = [ValidationBatch(Batch(piece, shared=True), len(piece[0])) for piece in pieces]
 
     def __iter__(self) -> Iterator[ValidationBatch]:
         """The parts, each for all slots."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.attributes import check_attributes
-from momentum_tuner.trainer.data import Batch, Validation, slice_slot
+from momentum_tuner.trainer.data import Batch, Validation, count_examples, slice_slot
 from momentum_tuner.trainer.layout import Layout, Rows, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.memory import first_line
@@ -82,6 +82,8 @@ class Objective:
         """Buffers and frozen parameters that are alike for every seed and never change: held once, not per slot."""
         self.wrapper.to(self.device)
         self._check_attributes(first, probe)
+        if self.validation.divisible:
+            self._fit_validation(first, probe)
         self.shared = self._find_shared(first, probe)
         self._versions = self._shared_versions()
         self.own = {n: (b.shape, b.dtype) for n, b in first.buffers.items() if n not in self.shared}
@@ -240,6 +242,29 @@ class Objective:
             raise
         except Exception as error:  # which the trials are the ones to say
             logger.debug("what the model keeps in attributes is not known: %s", first_line(error))
+
+    def _fit_validation(self, start: Start, probe: Batch) -> None:
+        """Evaluate in parts for which memory suffices where it suffices for training."""
+        row = start.row.clone().requires_grad_()
+        kept: dict[int, int] = {}  # bytes by address
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.layout == torch.strided:
+                memory = tensor.untyped_storage()
+                kept[memory.data_ptr()] = memory.nbytes()
+            return tensor.detach()
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss, buffers = self._first_step(Start(row, start.buffers), probe)
+        except Exception as error:  # such as that of a loss with derivatives of its own, which knows no such hooks
+            logger.debug("what an example takes of memory is not known: %s", first_line(error))
+            return
+        given = [leaf for leaf in tree_leaves(probe.tensors) if isinstance(leaf, Tensor)]
+        for tensor in (row, *buffers.values(), *given):  # which are there anyway
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        self.validation.fit(sum(kept.values()) / count_examples(probe.tensors))
+        del loss  # which kept it all
 
     def _find_shared(self, first: Start, probe: Batch) -> dict[str, Tensor]:
         """What is equal under two seeds and after a training step."""

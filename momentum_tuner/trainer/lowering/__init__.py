@@ -17,7 +17,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from momentum_tuner.trainer.lowering.attention import lower_attention, lower_multi_head_attention
-from momentum_tuner.trainer.lowering.convolution import lower_convolution, lower_line_convolution, lower_view
+from momentum_tuner.trainer.lowering.convolution import (
+    PatchMemory,
+    lower_convolution,
+    lower_line_convolution,
+    lower_view,
+)
 from momentum_tuner.trainer.lowering.normalization import lower_batch_norm
 from momentum_tuner.trainer.lowering.pooling import (
     lower_average_pooling,
@@ -69,14 +74,18 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         functional.embedding: _lower_embedding,
         functional.batch_norm: lower_batch_norm,
         Tensor.view: lower_view,
-        torch.conv1d: lower_line_convolution,
-        torch.conv2d: lower_convolution,
         torch.avg_pool1d: partial(lower_line_pooling, lower_average_pooling),
         functional.avg_pool2d: lower_average_pooling,
         **dict.fromkeys((functional.max_pool1d, torch.max_pool1d), partial(lower_line_pooling, lower_max_pooling)),
         **dict.fromkeys((functional.max_pool2d, torch.max_pool2d), lower_max_pooling),
     }
 )
+
+
+_WITH_PATCHES: Mapping[Any, Callable[..., Any]] = MappingProxyType(
+    {torch.conv1d: lower_line_convolution, torch.conv2d: lower_convolution}
+)
+"""Functions that keep patches."""
 
 
 class Lowering(TorchFunctionMode):
@@ -90,7 +99,17 @@ class Lowering(TorchFunctionMode):
     def __init__(self, drop: Drop, all_of_them: bool = True) -> None:
         super().__init__()
         self._drop = drop
-        self._plain = _PLAIN if all_of_them else {}
+        self._memory = PatchMemory()
+        self._plain: dict[Any, Callable[..., Any]] = {}
+        if all_of_them:
+            self._plain |= _PLAIN
+            self._plain |= {func: partial(lower, memory=self._memory) for func, lower in _WITH_PATCHES.items()}
+
+    def __enter__(self) -> Lowering:
+        """Begin a forward pass."""
+        self._memory.held = 0
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         """Call the function, or what stands in for it."""

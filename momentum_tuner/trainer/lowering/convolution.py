@@ -23,7 +23,23 @@ from momentum_tuner.trainer.lowering.slotwise import SlotFunction
 Pair = tuple[int, int]
 
 MOST_IN_PATCHES = 4 << 20
-"""Numbers in the patches of a slot, which are kept for the gradient: torch's own convolution needs no such memory."""
+"""Numbers in the patches of a slot, of all layers: torch's own convolution needs no such memory."""
+
+
+class PatchMemory:
+    """Counts what the patches of a forward pass take."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        """Numbers in those that are kept for the gradient."""
+
+    def takes(self, numbers: int) -> bool:
+        """Whether there is room for more of them, which are then kept if there is to be a gradient."""
+        if self.held + numbers > MOST_IN_PATCHES:
+            return False
+        if torch.is_grad_enabled():
+            self.held += numbers
+        return True
 
 
 def lies_examples_innermost(x: Any) -> bool:
@@ -58,6 +74,8 @@ def lower_convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    memory: PatchMemory,
 ) -> Any:
     """`torch.conv2d` on a CPU; NotImplemented for groups, dilation, autocast and patches that take too much memory."""
     plain = isinstance(x, Tensor) and x.device.type == "cpu" and x.ndim == 4 and pair(dilation) == (1, 1)
@@ -68,7 +86,7 @@ def lower_convolution(
         return NotImplemented
     kernel = weight.shape[2:]
     places = [(n + 2 * e - k) // s + 1 for n, e, k, s in zip(x.shape[2:], edges, kernel, steps, strict=True)]
-    if min(places) < 1 or len(x) * math.prod(places) * weight[0].numel() > MOST_IN_PATCHES:
+    if min(places) < 1 or not memory.takes(len(x) * math.prod(places) * weight[0].numel()):
         return NotImplemented
     out, _ = _Convolution.over(x[None], weight[None], None if bias is None else bias[None], steps, edges)
     return out.squeeze(0)
@@ -82,12 +100,14 @@ def lower_line_convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    memory: PatchMemory,
 ) -> Any:
     """`torch.conv1d` as a convolution of images of one row."""
     steps, edges, holes = of_line(stride, 1), of_line(padding, 0), of_line(dilation, 1)
     if not isinstance(x, Tensor) or x.ndim != 3 or None in (steps, edges, holes):
         return NotImplemented
-    out = lower_convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, steps, edges, holes, groups)
+    out = lower_convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, steps, edges, holes, groups, memory=memory)
     return out if out is NotImplemented else out.squeeze(2)
 
 
