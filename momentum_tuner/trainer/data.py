@@ -227,6 +227,11 @@ def place(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return tree_map(move, plain_batch(batch))
 
 
+def data_dtype(precision: str) -> torch.dtype | None:
+    """The dtype of models and data under a precision of the study file; None leaves them as the task made them."""
+    return {"float32": torch.float32, "tfloat32": torch.float32, "float64": torch.float64}.get(precision)
+
+
 class TrainingData:
     """A task's training data on the device, held once for all batch sizes."""
 

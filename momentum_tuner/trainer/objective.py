@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from momentum_tuner.errors import TaskError
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.attributes import check_attributes
-from momentum_tuner.trainer.data import Batch, Validation, count_examples, slice_slot
+from momentum_tuner.trainer.data import Batch, Validation, count_examples, data_dtype, slice_slot
 from momentum_tuner.trainer.layout import Layout, Rows, differing, running_statistics, state_beside_parameters
 from momentum_tuner.trainer.lowering import Lowering, draws_within
 from momentum_tuner.trainer.memory import first_line
-from momentum_tuner.trainer.products import fast_products, rounding
+from momentum_tuner.trainer.probe import bytes_kept, vmap_warnings
+from momentum_tuner.trainer.products import fast_products, rounding, without_libraries
 from momentum_tuner.trainer.randomness import RandomStream, mix_seed
 from momentum_tuner.trainer.replay import Replay, relative_difference
 from momentum_tuner.trainer.wrapper import Wrapper
@@ -186,7 +186,7 @@ class Objective:
             return loss
 
         # Neither the fast kernels of attention nor the libraries' recurrent layers have a second derivative.
-        with sdpa_kernel(SDPBackend.MATH), self._without_libraries(), torch.enable_grad():
+        with sdpa_kernel(SDPBackend.MATH), without_libraries(self._recurrent), torch.enable_grad():
             if fused:
                 losses: Tensor = vmap(taken_apart, randomness="error")(rows, buffers)
                 return losses
@@ -246,25 +246,14 @@ class Objective:
     def _fit_validation(self, start: Start, probe: Batch) -> None:
         """Evaluate in parts for which memory suffices where it suffices for training."""
         row = start.row.clone().requires_grad_()
-        kept: dict[int, int] = {}  # bytes by address
 
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided:
-                memory = tensor.untyped_storage()
-                kept[memory.data_ptr()] = memory.nbytes()
-            return tensor.detach()
+        def step() -> tuple[Tensor, list[Tensor]]:
+            loss, buffers = self._first_step(Start(row, start.buffers), probe)
+            return loss, [row, *buffers.values()]
 
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, buffers = self._first_step(Start(row, start.buffers), probe)
-        except Exception as error:  # such as that of a loss with derivatives of its own, which knows no such hooks
-            logger.debug("what an example takes of memory is not known: %s", first_line(error))
-            return
-        given = [leaf for leaf in tree_leaves(probe.tensors) if isinstance(leaf, Tensor)]
-        for tensor in (row, *buffers.values(), *given):  # which are there anyway
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-        self.validation.fit(sum(kept.values()) / count_examples(probe.tensors))
-        del loss  # which kept it all
+        kept = bytes_kept(step, probe.tensors)
+        if kept is not None:
+            self.validation.fit(kept / count_examples(probe.tensors))
 
     def _find_shared(self, first: Start, probe: Batch) -> dict[str, Tensor]:
         """What is equal under two seeds and after a training step."""
@@ -397,21 +386,6 @@ class Objective:
                 found.append(self._call(self._parameters(rows, slot, trainable), own, data.tensors, None)[0])
         return torch.stack(found)
 
-    @contextmanager
-    def _without_libraries(self) -> Iterator[None]:
-        """Torch's own operations in place of oneDNN's and cuDNN's, for a model with recurrent layers."""
-        if not self._recurrent:
-            yield
-            return
-        onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-        try:
-            yield
-        finally:
-            torch._C._set_mkldnn_enabled(onednn)
-            torch._C._set_cudnn_enabled(cudnn)
-
     def _why_not_fused(self, probe: Batch) -> str | None:
         """None if vmap batches the model well and rightly, else the reason in one line."""
         starts = [self.start(seed) for seed in (0, 1)]
@@ -458,24 +432,3 @@ def _late_change(name: str) -> str:
         f"task.model: {name.removeprefix('model.')} did not change in the first training step but did later; "
         "let the model write to its buffers in every training step or in none"
     )
-
-
-def data_dtype(precision: str) -> torch.dtype | None:
-    """The dtype of models and data under a precision of the study file; None leaves them as the task made them."""
-    return {"float32": torch.float32, "tfloat32": torch.float32, "float64": torch.float64}.get(precision)
-
-
-@contextmanager
-def vmap_warnings() -> Iterator[list[str]]:
-    """Collect torch's warnings that an operation has no batching rule and runs as a slow loop, in short form."""
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield found
-    for warning in caught:
-        text = str(warning.message)
-        if "performance drop" in text:
-            operation = text.split("batching rule for ", 1)[-1].split(".", 1)[0]
-            found.append(f"vmap has no batching rule for {operation} and would loop over the slots")
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

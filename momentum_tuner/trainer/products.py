@@ -87,3 +87,19 @@ def _seconds(first: Tensor, second: Tensor) -> float:
     started = time.perf_counter()
     torch.bmm(first, second)
     return time.perf_counter() - started
+
+
+@contextmanager
+def without_libraries(wanted: bool = True) -> Iterator[None]:
+    """Torch's own operations in place of oneDNN's and cuDNN's, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)

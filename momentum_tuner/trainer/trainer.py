@@ -16,9 +16,9 @@ from momentum_tuner.metrics import EpochRecord, finite, stability_margin
 from momentum_tuner.optim import Schedule, make_schedule
 from momentum_tuner.tasks import Task
 from momentum_tuner.trainer.calibration import SEQUENTIAL_WIDTH, Calibration
-from momentum_tuner.trainer.data import Batch, Source, TrainingData
+from momentum_tuner.trainer.data import Batch, Source, TrainingData, data_dtype
 from momentum_tuner.trainer.memory import within_memory
-from momentum_tuner.trainer.objective import Objective, data_dtype
+from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.pace import Pace
 from momentum_tuner.trainer.sharpness import Sharpness
 from momentum_tuner.trainer.slots import Member, Slot, SlotBatch, evaluate, named_metrics, on_cpu
