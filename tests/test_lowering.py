@@ -505,7 +505,34 @@ def test_what_has_no_dropout_can_be_left_to_torch():
     with Lowering(fail, all_of_them=False):
         assert F.conv2d(x, weight).grad_fn.name() == "ConvolutionBackward0"
         states, _ = nn.GRU(SIZE, 6)(torch.randn(LENGTH, BATCH, SIZE))
-    assert "_Gru" in names_behind(states.grad_fn)
+    assert "_Gru" not in names_behind(states.grad_fn)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}, {"bias": False}])
+@pytest.mark.parametrize("cell", [*KINDS.values(), partial(nn.LSTM, proj_size=2)])
+def test_layer_by_layer_a_recurrent_network_gives_what_it_gives_at_once_and_drops_between(cell, options):
+    torch.manual_seed(0)
+    layer, x = cell(SIZE, 6, 3, dropout=0.4, **options), torch.randn(LENGTH, BATCH, SIZE)
+    with Lowering(lambda x, p: x, all_of_them=False):
+        found = tensors_of(layer(x))
+    with Lowering(lambda x, p: x * p, all_of_them=False):
+        dropped = tensors_of(layer(x))
+        calm = tensors_of(layer.eval()(x))
+    expected = tensors_of(layer(x))
+    for one, without, other in zip(found, calm, expected, strict=True):
+        assert_close(one, other, 1e-6)
+        assert_close(without, other, 1e-6)
+    assert (dropped[0] - found[0]).abs().max() > 1e-3
+    if "proj_size" not in getattr(cell, "keywords", {}):
+        kept = _Calls()
+        kept.key = torch.tensor(1)
+        layer.train()
+        with Lowering(kept.drop, all_of_them=False):
+            first = layer(x)[0]
+        kept.made = 0
+        with Lowering(kept.drop):
+            assert_close(layer(x)[0], first, 1e-6)
 
 
 # --- in the trainer

@@ -29,17 +29,22 @@ from momentum_tuner.trainer.lowering.pooling import (
     lower_line_pooling,
     lower_max_pooling,
 )
-from momentum_tuner.trainer.lowering.recurrent import lower_recurrent
+from momentum_tuner.trainer.lowering.recurrent import layer_by_layer, lower_recurrent
 from momentum_tuner.trainer.lowering.softmax import lower_cross_entropy, lower_softmax
 
 Drop = Callable[[Tensor, float], Tensor]
 
 
-def _recurrent(kind: str) -> Callable[..., Any]:
-    def lower(drop: Drop, *args: Any, **kwargs: Any) -> Any:
-        return NotImplemented if kwargs else lower_recurrent(kind, drop, args)
+def _recurrent(lower: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    def lowered(drop: Drop, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if kwargs else lower(kind, drop, args)
 
-    return lower
+    return lowered
+
+
+_RECURRENT: Mapping[Any, str] = MappingProxyType(
+    {torch.rnn_tanh: "tanh", torch.rnn_relu: "relu", torch.gru: "gru", torch.lstm: "lstm"}
+)
 
 
 def _lower_embedding(
@@ -54,10 +59,7 @@ def _lower_embedding(
 
 _WITH_DROPOUT: Mapping[Any, Callable[..., Any]] = MappingProxyType(
     {
-        torch.rnn_tanh: _recurrent("tanh"),
-        torch.rnn_relu: _recurrent("relu"),
-        torch.gru: _recurrent("gru"),
-        torch.lstm: _recurrent("lstm"),
+        **{func: _recurrent(lower_recurrent, kind) for func, kind in _RECURRENT.items()},
         functional.multi_head_attention_forward: lower_multi_head_attention,
         functional.scaled_dot_product_attention: lower_attention,
     }
@@ -93,17 +95,20 @@ class Lowering(TorchFunctionMode):
 
     Args:
         drop: the dropout within them.
-        all_of_them: those without a dropout, too.
+        all_of_them: all that can be; otherwise no more than the dropout within them asks for.
     """
 
     def __init__(self, drop: Drop, all_of_them: bool = True) -> None:
         super().__init__()
         self._drop = drop
         self._memory = PatchMemory()
+        self._with_dropout: dict[Any, Callable[..., Any]] = {**_WITH_DROPOUT}
         self._plain: dict[Any, Callable[..., Any]] = {}
         if all_of_them:
             self._plain |= _PLAIN
             self._plain |= {func: partial(lower, memory=self._memory) for func, lower in _WITH_PATCHES.items()}
+        else:
+            self._with_dropout |= {func: _recurrent(layer_by_layer, func) for func in _RECURRENT}
 
     def __enter__(self) -> Lowering:
         """Begin a forward pass."""
@@ -115,8 +120,8 @@ class Lowering(TorchFunctionMode):
         """Call the function, or what stands in for it."""
         kwargs = kwargs or {}
         out = NotImplemented
-        if func in _WITH_DROPOUT:
-            out = _WITH_DROPOUT[func](self._drop, *args, **kwargs)
+        if func in self._with_dropout:
+            out = self._with_dropout[func](self._drop, *args, **kwargs)
         elif func in self._plain:
             if "input" in kwargs:  # the first argument of all of them
                 args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}

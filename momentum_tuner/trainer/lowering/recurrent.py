@@ -70,6 +70,30 @@ def lower_recurrent(kind: str, drop: Drop, args: Sequence[Any]) -> Any:
     return x, *ends
 
 
+def layer_by_layer(function: Callable[..., Any], drop: Drop, args: Sequence[Any]) -> Any:
+    """As `lower_recurrent`, by calls of `torch.lstm` and its like for a layer each, which can be differentiated twice.
+
+    NotImplemented where there is no dropout between layers.
+    """
+    lstm = function is torch.lstm
+    if len(args) != 9 or not isinstance(args[2], list | tuple) or isinstance(args[1], Tensor) == lstm:
+        return NotImplemented
+    x, first, weights, biased, layers, dropout, training, bidirectional, batch_first = args
+    if not (dropout and training) or layers == 1:
+        return NotImplemented
+    states = [state.chunk(layers) for state in (first if lstm else (first,))]
+    each = len(weights) // layers
+    x = x.transpose(0, 1) if batch_first else x  # as which `lower_recurrent` drops
+    ends = []
+    for layer in range(layers):
+        x = drop(x, dropout) if layer else x
+        start = tuple(state[layer] for state in states)
+        some = weights[layer * each : (layer + 1) * each]
+        x, *end = function(x, start if lstm else start[0], some, biased, 1, 0.0, training, bidirectional, False)
+        ends.append(end)
+    return x.transpose(0, 1) if batch_first else x, *(torch.cat(end) for end in zip(*ends, strict=True))
+
+
 def _run(
     kind: str, x: Tensor, hidden: Tensor, cell: Tensor | None, weights: Sequence[Tensor], reverse: bool
 ) -> tuple[Tensor, Tensor | None]:
