@@ -109,6 +109,29 @@ def test_a_check_that_breaks_off_is_a_fault_and_keeps_no_other_from_its_turn():
     assert "ValueError: no answer from postgresql://***@host" in found.found
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_options_in_a_database_url_do_not_bring_its_password_into_the_findings(folder, form):
+    storage = "postgresql://ann:hunter2@127.0.0.1:1/db?sslmode=require"
+    said = CliRunner().invoke(cli, ["doctor", "--tracking-uri", "none", "--storage", storage, *form])
+    assert said.exit_code == 1
+    assert "hunter2" not in said.output
+
+
+@pytest.mark.parametrize("options", ["", "?sslmode=require"])
+def test_checkpoints_are_looked_for_where_a_run_keeps_them(folder, options):
+    postgresql = f"postgresql://ann:hunter2@127.0.0.1:1/db{options}"
+    found = only(check_checkpoints(None, postgresql)).found
+    assert found == f"{folder}/momentum_tuner.checkpoints: not there yet, the first study makes it"
+    assert local_folders(postgresql, "none", None) == {"checkpoints": folder}
+    found = only(check_checkpoints(None, f"sqlite:///a.db{options}")).found
+    assert found == f"{folder}/a.checkpoints: not there yet, the first study makes it"
+
+
+def test_a_database_url_that_cannot_be_used_is_one_fault_not_one_of_the_checkpoints_too(folder):
+    assert list(check_checkpoints(None, "mysql://u:hunter2@h/d?ssl=1")) == []
+    assert local_folders("mysql://u:hunter2@h/d?ssl=1", "none", None) == {}
+
+
 def test_a_url_of_each_kind_that_cannot_be_used_is_a_fault_of_its_own():
     found = {f.check: f for f in examine("mysql://u:hunter2@h/d", "./mlruns", "ftq://x/y") if f.status == "fail"}
     assert set(found) == {"database", "MLflow", "checkpoints"}

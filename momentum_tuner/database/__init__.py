@@ -5,6 +5,7 @@ from momentum_tuner.database.engine import (
     engine_options,
     insert_new,
     is_unreachable,
+    storage_url,
     tune_engine,
 )
 from momentum_tuner.database.migrate import is_current, migrate, prepare_migration, refuse_other_optuna
@@ -38,5 +39,6 @@ __all__ = [
     "plain_number",
     "prepare_migration",
     "refuse_other_optuna",
+    "storage_url",
     "tune_engine",
 ]

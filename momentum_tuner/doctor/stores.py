@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from momentum_tuner.checkpoints import CheckpointStore, default_checkpoints
-from momentum_tuner.database import Database, Worker, database_now, is_current
+from momentum_tuner.database import Database, Worker, database_now, is_current, storage_url
 from momentum_tuner.doctor.finding import Finding, refused
 from momentum_tuner.errors import InputError, StorageError, describe_failure, redact
 from momentum_tuner.search import check_optuna
@@ -204,11 +204,16 @@ def _own_version() -> str:
 
 
 def check_checkpoints(url: str | None, storage: str) -> Iterator[Finding]:
-    """Whether the states of running trials can be kept; a folder that is not there is not made."""
+    """Whether the states of running trials can be kept; a folder that is not there is not made.
+
+    Where they are kept beside a database whose URL is wrong, there is nothing to say but that.
+    """
     if url == "none":
         yield Finding("checkpoints", "ok", "none are kept: a trial whose worker dies begins anew")
         return
     folder = _checkpoint_folder(url, storage)
+    if url is None and folder is None:
+        return
     try:
         if folder is not None and not folder.exists():
             if reason := _cannot_write(_existing(folder)):
@@ -241,10 +246,13 @@ def _sqlite_folder(url: str) -> Path | None:
 
 
 def _checkpoint_folder(url: str | None, storage: str) -> Path | None:
-    """Where checkpoints are kept, if that is a folder of this machine."""
+    """Where checkpoints are kept, if that is a folder of this machine and known."""
     if url is None:
-        file = storage.removeprefix("sqlite:///").partition("?")[0]
-        return Path(default_checkpoints("sqlite" if file != storage else "postgresql", file))
+        try:
+            place = storage_url(storage)
+        except InputError:
+            return None
+        return Path(default_checkpoints(place.get_backend_name(), place.database))
     return None if "://" in url else Path(url).absolute()
 
 
