@@ -62,7 +62,7 @@ def study_params(spec: StudySpec) -> dict[str, str]:
 
 
 def _space(path: str, setting: Any) -> Iterator[tuple[str, str]]:
-    """A range, choices, a number, or a mapping of these by name."""
+    """A range, choices, a number, or a mapping of these by name; infinity is text, as JSON has no number for it."""
     if isinstance(setting, Mapping) and "low" in setting:
         scale = " (log)" if setting.get("log") else ""
         yield path, f"{setting['low']:g} to {setting['high']:g}{scale}"
@@ -70,9 +70,9 @@ def _space(path: str, setting: Any) -> Iterator[tuple[str, str]]:
         for name, part in setting.items():
             yield from _space(f"{path}.{name}", part)
     elif isinstance(setting, list | tuple):
-        yield path, ", ".join(f"{choice:g}" for choice in setting)
+        yield path, ", ".join(f"{float(choice):g}" for choice in setting)
     else:
-        yield path, f"{setting:g}"
+        yield path, f"{float(setting):g}"
 
 
 def best_params(best: Sequence[BestSetting]) -> dict[str, str]:

@@ -191,6 +191,15 @@ def test_the_parent_shows_the_study_its_counts_and_the_best_settings(database, m
     ]
 
 
+def test_the_parent_shows_a_space_without_clipping_among_its_choices(database, make_spec, uri):
+    space = {"clip_norm": [float("inf"), 1.0], "nesterov": {"clip_norm": float("inf")}}
+    study = finished_study(database, make_spec, space=space)
+    assert publish(database, study, uri).complete
+    (parent,), _ = runs_of(uri)
+    shown = {name: value for name, value in parent.data.params.items() if name.endswith("clip_norm")}
+    assert (shown["space.clip_norm"], shown["space.nesterov.clip_norm"]) == ("inf, 1", "inf")
+
+
 def test_the_curves_of_the_parent_go_over_the_trials_as_they_ended(database, make_spec, uri):
     study = finished_study(database, make_spec, trials=3)
     with database.write() as session:  # in another order than that of their numbers
