@@ -92,8 +92,28 @@ def grid(spec: StudySpec, optimizer: str) -> list[dict[str, float]]:
 
     A range is cut into `sampler.points` values (8 if the sampler is not the grid), even on the scale on which it is
     searched, ends included.
+
+    The study file's grid holds the budget of its own optimizers. A reference beside them searches less, so that its
+    grid may not: then the points of finer and finer grids follow, each of which holds the one before, and where there
+    is nothing finer all points again. A larger budget so keeps the beginning.
     """
     points = spec.sampler.points or 8
+    found = _grid(spec, optimizer, points)
+    if optimizer in spec.optimizers:
+        return found
+    known = {tuple(point.items()) for point in found}
+    while len(found) < spec.budget.trials:
+        points = 2 * points - 1
+        finer = [point for point in _grid(spec, optimizer, points) if tuple(point.items()) not in known]
+        if not finer:
+            return list(itertools.islice(itertools.cycle(found), spec.budget.trials))
+        found += finer
+        known.update(tuple(point.items()) for point in finer)
+    return found
+
+
+def _grid(spec: StudySpec, optimizer: str, points: int) -> list[dict[str, float]]:
+    """The grid with so many values for each range, in its pseudo-random order."""
     axes = {
         optuna_name(name, setting): grid_axis(name, setting, points)
         for name, setting in spec.hyperparameters(optimizer).items()

@@ -178,6 +178,35 @@ def test_the_order_of_a_grid_is_mixed_and_fixed_by_the_seed():
     ]  # on every machine and version of Python
 
 
+def test_the_grid_of_a_reference_holds_the_budget_that_it_shares_with_those_that_search_more():
+    def rates(trials):
+        budget = {"trials": trials, "epochs": 1}
+        spec = study(["momentum", "nesterov"], sampler={"name": "grid", "points": 3}, budget=budget)
+        points = grid(spec, "momentum_0.9")
+        assert all(distributions(spec, "momentum_0.9")["learning_rate"]._contains(p["learning_rate"]) for p in points)
+        return [point["learning_rate"] for point in points]
+
+    own = rates(3)
+    assert sorted(own) == pytest.approx([1e-4, 1e-2, 1.0])
+    assert rates(2) == own, "as it was before there were finer ones"
+    assert sorted(rates(4)) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+    assert sorted(rates(9)) == pytest.approx([10 ** (0.5 * exponent) for exponent in range(-8, 1)])
+    assert rates(9)[:3] == own
+    assert rates(9)[:5] == rates(4), "a larger budget keeps the points of the smaller one"
+
+
+def test_a_reference_with_choices_only_has_them_again_and_again():
+    spec = study(
+        ["momentum"],
+        sampler={"name": "grid", "points": 3},
+        space={"learning_rate": [0.1, 0.2]},
+        budget={"trials": 5, "epochs": 1},
+    )
+    rates = [point["learning_rate"] for point in grid(spec, "momentum_0.9")]
+    assert sorted(rates[:2]) == [0.1, 0.2]
+    assert rates == [*rates[:2], *rates[:2], rates[0]]
+
+
 def test_a_grid_of_whole_numbers_has_each_once():
     spec = study(["sgd"], sampler={"name": "grid"}, space={"batch_size": {"low": 1, "high": 4}, "learning_rate": 0.1})
     points = grid(spec, "sgd")
