@@ -90,6 +90,30 @@ def loss(settings) -> float:
 # Samplers
 
 
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", "none"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "cmaes"])
+def test_every_sampler_but_cmaes_goes_on_past_its_first_draws_with_two_aims(
+    sqlite_database, make_spec, search, sampler, pruner
+):
+    spec = make_spec(
+        optimizers=["nesterov"],
+        space=SPACE,
+        objective=["valid_loss", "oscillation"],
+        budget={"trials": 14, "epochs": 9},
+        sampler={"name": sampler},
+        pruner={"name": pruner},
+    )
+    one, planned = search(spec), design(spec, "nesterov")
+    for ticket in range(14):
+        trial = one.ask("nesterov", ticket, None if planned is None else planned[ticket])
+        for epoch in spec.rungs():
+            one.report("nesterov", trial.trial_id, epoch, loss(trial.settings))
+            one.should_prune("nesterov", trial.trial_id)
+        outcome = "diverged" if ticket == 3 else "complete"
+        one.tell("nesterov", trial.trial_id, outcome, loss(trial.settings), 1.0 - trial.settings["momentum"])
+    assert [len(t.values) for t in trials(sqlite_database)] == [2] * 14
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_sampler_asks_inside_the_space_and_optuna_sees_it(sqlite_database, make_spec, search, sampler):
     points = {"points": 3} if sampler == "grid" else {}

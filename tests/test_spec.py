@@ -604,6 +604,11 @@ MISTAKES = [
         {"sampler": "{name: tpe, refine: 4}", "objective": "[steps_to_target, oscillation]"},
         "sampler.refine: two aims have no single best trial to refine; leave it out",
     ),
+    # two aims
+    (
+        {"sampler": "{name: cmaes}", "objective": "[steps_to_target, oscillation]", "target": "0.1"},
+        "sampler.name: cmaes searches for one aim, and objective has two; write tpe or gp",
+    ),
     # hostile text
     ({"name": "../x"}, f"name: '../x' is not allowed; it must be {NAMES}"),
     ({"name": "<script>alert(1)</script>"}, f"name: '<script>alert(1)</script>' is not allowed; it must be {NAMES}"),
@@ -818,6 +823,15 @@ def test_canonical_is_sorted_json_without_spaces_and_hash_is_its_sha256():
     assert len(spec_hash(spec)) == 64
     assert spec_hash(spec) == spec_hash(parse_study(spec.to_yaml()))
     assert spec_hash(spec) != spec_hash(study(optimizers="[sgd]", seed="1"))
+
+
+def test_a_study_that_an_earlier_version_took_is_still_read():
+    text = study(objective="[valid_loss, oscillation]").canonical().replace('"name":"tpe"', '"name":"cmaes"')
+    spec = StudySpec.from_canonical(text)
+    assert (spec.sampler.name, spec.canonical()) == ("cmaes", text)
+    assert mistakes_in(spec.to_yaml()) == [
+        "study.yaml: sampler.name: cmaes searches for one aim, and objective has two; write tpe or gp"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "../x"}', "NaN"])

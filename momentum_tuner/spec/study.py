@@ -53,6 +53,8 @@ from momentum_tuner.spec.settings import Setting, Space, grid_axis, names_of, no
 PRECISIONS = ("auto", "float32", "float64", "tfloat32", "bfloat16")
 
 _LARGEST_GRID = 100_000
+_STORED = "stored"
+"""The context in which a study is read that an earlier version may have taken."""
 
 
 class StudySpec(Section):
@@ -155,6 +157,16 @@ class StudySpec(Section):
         if sampler.refine is not None and isinstance(objective, ObjectiveSpec) and objective.second is not None:
             mistakes.append(mistake(("refine",), "two aims have no single best trial to refine; leave it out"))
         refuse(mistakes)
+        return sampler
+
+    @field_validator("sampler")
+    @classmethod
+    def _takes_two_aims(cls, sampler: SamplerSpec, info: ValidationInfo) -> SamplerSpec:
+        """Optuna's CMA-ES refuses two aims as it draws; a stored study is still to be shown and deleted."""
+        objective = info.data.get("objective")
+        two_aims = isinstance(objective, ObjectiveSpec) and objective.second is not None
+        if sampler.name == "cmaes" and two_aims and info.context != _STORED:
+            refuse([mistake(("name",), "cmaes searches for one aim, and objective has two; write tpe or gp")])
         return sampler
 
     @field_validator("target", mode="before")
@@ -271,7 +283,7 @@ class StudySpec(Section):
         except ValueError:
             raise StudyFileError("stored study: is not valid JSON") from None
         try:
-            return cls.model_validate(document)
+            return cls.model_validate(document, context=_STORED)
         except ValidationError as error:
             raise StudyFileError(report(lines(error, cls, "stored study"))) from None
 
