@@ -18,6 +18,7 @@ from momentum_tuner.launcher.devices import check_placing, plan_workers
 from momentum_tuner.launcher.local import LocalWorkers
 from momentum_tuner.launcher.submitting import TaskCheck, known_study, load_checked_task
 from momentum_tuner.tickets import StudyProgress, StudyRecord, study_progress
+from momentum_tuner.tracking import is_shown
 from momentum_tuner.worker_options import WorkerOptions
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def run_study(
     if known is not None and known.phase == "done":
         study = submit(load_checked_task)
         if study.phase == "done":
-            return RunOutcome(study, study_progress(database, study), True, False, True)
+            published = place.tracking_uri is None or _publish_again(database, study, place, page.say)
+            return RunOutcome(study, study_progress(database, study), True, False, published)
     workers = make_workers(database, (name,), place, page.say, server=server)
     with interrupts(workers) as signals, page:
         workers.prepare(publish=place.tracking_uri is not None)
@@ -145,6 +147,19 @@ def run_study(
         raise_failures(workers)
         raise WorkersEndedError(f"the workers ended at {progress.done} of {progress.tickets} trials")
     return RunOutcome(study, progress, False, signals.came > 0, published)
+
+
+def _publish_again(database: Database, study: StudyRecord, place: Workplace, say: Callable[[str], None]) -> bool:
+    """Show what MLflow has not got of a study that is done, as after an outage; returns whether it shows everything."""
+    assert place.tracking_uri is not None
+    if is_shown(database, study.id, place.tracking_uri):
+        return True
+    say("Bringing MLflow up to date ...")
+    publisher = LocalWorkers(database, WorkerOptions(studies=(study.name,)), [], say, place.log_level)
+    with interrupts(publisher):
+        publisher.prepare(publish=True)
+        publisher.start((study.name,), place.tracking_uri)
+        return publisher.finish_publishing(PUBLISH_SECONDS)
 
 
 def serve_studies(

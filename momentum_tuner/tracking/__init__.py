@@ -3,6 +3,7 @@
 from momentum_tuner.tracking.loop import PublisherLoop
 from momentum_tuner.tracking.publisher import PassResult, Publisher, short_reason
 from momentum_tuner.tracking.runs import run_name, short_momentum
+from momentum_tuner.tracking.shown import is_shown
 from momentum_tuner.tracking.store import check_tracking_uri, is_refusal, quiet_mlflow
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "PublisherLoop",
     "check_tracking_uri",
     "is_refusal",
+    "is_shown",
     "quiet_mlflow",
     "run_name",
     "short_momentum",

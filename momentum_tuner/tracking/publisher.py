@@ -31,6 +31,7 @@ from momentum_tuner.tracking.runs import (
     trial_params,
     trial_tags,
 )
+from momentum_tuner.tracking.shown import count_unshown
 from momentum_tuner.tracking.store import PARENT, RunStore, is_refusal
 from momentum_tuner.tracking.studies import data_input
 
@@ -312,15 +313,7 @@ class Publisher:
                 raise LeaseLostError
             if row.phase != "done":
                 return False
-            unshown = session.scalar(
-                sa.select(sa.func.count())
-                .select_from(Ticket)
-                .where(
-                    Ticket.study_id == self.study.id,
-                    Ticket.trial_number.is_not(None),
-                    Ticket.published_outcome.is_(None),
-                )
-            )
+            unshown = count_unshown(session, self.study.id)
         if unshown:
             return False
         if row.parent_published == "done":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from mlflow import MlflowClient
 
 from momentum_tuner.database import Database, Study
 from momentum_tuner.tickets import (
@@ -22,7 +23,7 @@ from momentum_tuner.tickets import (
     find_study,
     finish_study,
 )
-from momentum_tuner.tracking import Publisher, PublisherLoop
+from momentum_tuner.tracking import Publisher, PublisherLoop, is_shown
 from momentum_tuner.tracking import lease as lease_module
 from momentum_tuner.tracking.store import RunStore
 
@@ -131,6 +132,19 @@ def wait_for(happened, seconds: float = 30.0) -> None:
 
 def shown(database: Database) -> int:
     return sum(n[3] is not None for n in notes(database))
+
+
+def test_a_server_is_asked_whether_it_shows_a_study(database, make_spec, server):
+    study = finished_study(database, make_spec)
+    server.start()
+    assert not is_shown(database, study.id, server.uri)
+    publish(database, study, server.uri)
+    assert is_shown(database, study.id, server.uri + "/")
+    (parent,), _ = runs_of(server.uri)
+    MlflowClient(tracking_uri=server.uri).delete_run(parent.info.run_id)
+    assert not is_shown(database, study.id, server.uri)
+    server.kill()
+    assert not is_shown(database, study.id, server.uri)
 
 
 def test_a_server_that_is_down_at_first_and_killed_midway_loses_and_doubles_nothing(
