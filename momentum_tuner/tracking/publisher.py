@@ -144,7 +144,7 @@ class Publisher:
         self._store.learn(keep | {PARENT: parent_id or ""})
         whole = True
         with self.database.write() as session:
-            self._lease.held(session)
+            study = self._lease.held(session)
             shown = session.scalars(
                 sa.select(Ticket)
                 .where(Ticket.study_id == self.study.id, Ticket.run_id.is_not(None))
@@ -156,6 +156,8 @@ class Publisher:
                 if run is None or run.id != row.run_id or ended not in (None, run.status):
                     row.run_id, row.published_epoch, row.published_outcome = None, -1, None
                     whole = False
+            if not whole:
+                study.parent_published = None  # the result marks runs that are made anew
         self._learned = True
         return whole
 

@@ -53,6 +53,24 @@ def test_publishing_again_changes_nothing(database, make_spec, uri):
     assert notes(database) == noted
 
 
+def test_a_champion_that_was_deleted_comes_back_as_champion_and_only_once(database, make_spec, uri, monkeypatch):
+    study = finished_study(database, make_spec)
+    publish(database, study, uri)
+    _, children = runs_of(uri)
+    (champion,) = [c for c in children if "champion" in c.data.tags]
+    MlflowClient(tracking_uri=uri).delete_run(champion.info.run_id)
+    assert publish(database, study, uri).trials == 1
+    (parent,), children = runs_of(uri)
+    (again,) = [c for c in children if "champion" in c.data.tags]
+    assert (again.info.run_name, len(children)) == (champion.info.run_name, 4)
+    assert again.info.run_id != champion.info.run_id
+    assert parent.info.status == "FINISHED"
+    before = contents(uri)
+    monkeypatch.setattr(RunStore, "show_file", lambda *_: pytest.fail("the result was shown again"))
+    assert publish(database, study, uri).complete
+    assert contents(uri) == before
+
+
 @pytest.mark.parametrize("lost", ["epochs", "outcomes", "runs", "everything"])
 def test_a_crash_between_mlflows_write_and_our_note_doubles_nothing(database, make_spec, uri, lost):
     study = finished_study(database, make_spec)
