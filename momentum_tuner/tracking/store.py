@@ -21,7 +21,7 @@ from momentum_tuner.tracking.runs import PARENT_TAG, STUDY_TAG, TICKET_TAG, Poin
 from momentum_tuner.tracking.tables import RunChange, UnusualError, open_tables
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Experiment
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ class RunStore:
         Where a trial has two (MLflow made one for a request that nobody waited for any longer), one is deleted.
 
         Args:
-            noted: the id of the run that stays then, by key.
+            noted: the id of the run that stays then, by key; the experiment is that of the parent.
         """
-        self.experiment_id = self._find_experiment()
+        self.experiment_id = self._find_experiment(noted.get(PARENT, ""))
         self.runs = {}
         for run in self._found():
             key = run.tags.get(TICKET_TAG, PARENT)
@@ -287,10 +287,11 @@ class RunStore:
         self._client.set_terminated(run.id, status, _milliseconds(end))
         run.status = status
 
-    def _find_experiment(self) -> str:
+    def _find_experiment(self, parent_id: str) -> str:
+        """The experiment of the parent, which people may have renamed, or that of the study's name, made if need be."""
         from mlflow.entities import LifecycleStage
 
-        found = self._client.get_experiment_by_name(self._experiment)
+        found = self._experiment_of(parent_id) or self._client.get_experiment_by_name(self._experiment)
         if found is None:
             made: str = self._client.create_experiment(self._experiment)
             return made
@@ -298,6 +299,19 @@ class RunStore:
             self._client.restore_experiment(found.experiment_id)
         experiment_id: str = found.experiment_id
         return experiment_id
+
+    def _experiment_of(self, run_id: str) -> Experiment | None:
+        """Where a run of this study is; None if there is no such run here, deleted or not."""
+        if not run_id:
+            return None
+        try:
+            run = self._client.get_run(run_id)
+            ours = run.data.tags.get(STUDY_TAG) == self._identity
+            return self._client.get_experiment(run.info.experiment_id) if ours else None
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            return None
 
     def _found(self) -> Iterator[Run]:
         """The study's runs, the newest first."""

@@ -270,6 +270,25 @@ def test_a_run_that_somebody_deletes_is_made_again(database, make_spec, uri):
     assert all(len(points_of(uri, c.info.run_id)["valid_loss"]) == 5 for c in children)
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_an_experiment_that_somebody_renames_stays_that_of_its_study(database, make_spec, uri, control_uri, deleted):
+    study = finished_study(database, make_spec)
+    publish(database, study, uri)
+    client = MlflowClient(tracking_uri=uri)
+    (parent,), children = runs_of(uri)
+    client.rename_experiment(parent.info.experiment_id, "learning rates")
+    if deleted:
+        client.delete_run(parent.info.run_id)
+    client.delete_run(children[0].info.run_id)
+    assert publish(database, study, uri).trials == 1
+    assert [e.name for e in client.search_experiments()] == ["learning rates", "Default"]
+    (again,), children = runs_of(uri, "learning rates")
+    assert len(children) == 4
+    assert (again.info.run_id == parent.info.run_id) != deleted
+    publish(database, study, control_uri)
+    assert len(runs_of(control_uri)[1]) == 4, "in an MLflow that has no such run it has the study's name"
+
+
 def test_an_experiment_that_somebody_deletes_is_restored(database, make_spec, uri):
     study = finished_study(database, make_spec)
     publish(database, study, uri)
