@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from momentum_tuner.database import Database, Load, Study, Ticket, database_now
-from momentum_tuner.errors import StorageError, redact
+from momentum_tuner.errors import StorageError, describe_failure, redact
 from momentum_tuner.spec import spec_hash
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, search_kind
 from momentum_tuner.tracking.lease import Lease, LeaseLostError
@@ -64,6 +64,7 @@ class ParentRun:
         self._store = store
         self._lease = lease
         self._curves = StudyCurves(study.spec)
+        self._said = False
 
     def show(self) -> None:
         """Find or make the run, with what the study file says."""
@@ -229,13 +230,21 @@ class ParentRun:
             return None
 
     def _show_files(self, parent: Run, files: Mapping[str, str]) -> bool:
-        """Add files; returns whether MLflow has taken them: it may keep them where this machine cannot write."""
+        """Add files; returns whether MLflow has taken them: it may keep them where this machine cannot write.
+
+        That is said once: runs are shown without their files, and nobody else would tell.
+        """
         for name, text in files.items():
             self._lease.keep()
             try:
                 self._store.show_file(parent, text, name)
             except Exception as error:
-                logger.info("%s could not be added to its run in MLflow: %s", name, redact(str(error))[:200])
+                if not self._said:
+                    self._said = True
+                    reason = describe_failure(error)
+                    logger.warning(
+                        "MLflow cannot keep %s, so %s has no files there: %s", name, self._study.name, reason
+                    )
                 return False
         return True
 

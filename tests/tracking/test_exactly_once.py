@@ -413,16 +413,19 @@ def test_a_report_that_cannot_be_made_keeps_no_run_from_mlflow(database, make_sp
     assert "report.html" in artifacts_of(uri, parent.info.run_id)
 
 
-def test_a_store_that_takes_no_files_shows_all_else(database, make_spec, uri, control_uri, monkeypatch):
+def test_a_store_that_takes_no_files_shows_all_else(database, make_spec, uri, control_uri, monkeypatch, caplog):
     study = finished_study(database, make_spec)
     publish(database, study, control_uri)
 
     def refuse(*_):
         raise PermissionError("/mlartifacts")
 
-    with monkeypatch.context() as broken:
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING):
         broken.setattr(RunStore, "show_file", refuse)
         assert publish(database, study, uri).complete
+    (said,) = [r.getMessage() for r in caplog.records]
+    reason = "MLflow cannot keep study.yaml, so digits-mlp has no files there: PermissionError: /mlartifacts"
+    assert said.startswith(reason)
     (parent,), _ = runs_of(uri)
     assert artifacts_of(uri, parent.info.run_id) == []
     assert "had the best trial" in parent.data.tags["verdict"]
