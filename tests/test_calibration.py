@@ -188,7 +188,7 @@ def test_a_model_that_fails_while_it_is_measured_is_left_to_its_trials(caplog):
 
     def loss(model, batch):
         calls.append(model)
-        if len(calls) > 6:
+        if len(calls) > 9:  # as often as the task is looked at before
             raise ValueError("the data ran out")
         return TASK.loss(model, batch)
 
