@@ -274,16 +274,20 @@ def _measured_steps(record: EpochRecord, before: EpochRecord) -> int:
 def contraction(records: Sequence[EpochRecord]) -> float | None:
     """(dist_T / dist_t0)^(1/(T - t0)) with t0 = T/2: the rate per step without the transient.
 
-    t0 is the last record at or before half of the steps. None without a known optimum, or once a distance is 0.
+    T is the last record before the distance is 0, as it is where the numbers resolve it no more: a trial that gets
+    there is among the best, and what comes after says nothing of its rate. t0 is the last record at or before half of
+    those steps. None without a known optimum; 0 for a trial that is there after its first epoch.
     """
-    last = records[-1]
-    half = [r for r in records if r.step <= last.step / 2]
-    if not half or last.step == 0:
-        return None
-    start = half[-1]
-    if not last.distance or not start.distance:
-        return None
-    return float((last.distance / start.distance) ** (1.0 / (last.step - start.step)))
+    resolved: list[tuple[int, float]] = []
+    for record in records:
+        if not record.distance:
+            break
+        resolved.append((record.step, record.distance))
+    if len(resolved) < 2:
+        return 0.0 if resolved and len(records) > 1 and records[1].distance == 0.0 else None
+    step, distance = resolved[-1]
+    start_step, start = [(s, d) for s, d in resolved if s <= step / 2][-1]
+    return float((distance / start) ** (1.0 / (step - start_step)))
 
 
 def stability_bound(beta: float, nesterov: bool) -> float:

@@ -249,11 +249,20 @@ def test_the_half_is_the_last_record_at_or_before_it():
     assert contraction(distances(8.0, 4.0)) == pytest.approx(0.5 ** (1 / 10), rel=1e-12)
 
 
-def test_contraction_is_missing_without_an_optimum_or_a_step_and_once_the_distance_is_zero():
+def test_contraction_is_missing_without_an_optimum_or_a_step():
     assert contraction(epochs(3.0, 2.0, 1.0)) is None
     assert contraction(distances(1.0)) is None
-    assert contraction(distances(1.0, 0.5, 0.0)) is None
-    assert contraction(distances(1.0, 0.0, 0.0)) is None
+    assert contraction(distances(0.0, 0.0)) is None
+
+
+def test_contraction_is_that_of_the_steps_before_the_optimum_is_reached():
+    assert contraction(distances(8.0, 4.0, 1.0, 0.5, 0.0, 0.0, 0.1, 0.0)) == contraction(distances(8.0, 4.0, 1.0, 0.5))
+    assert contraction(distances(8.0, 4.0, 0.0)) == pytest.approx(0.5 ** (1 / 10), rel=1e-12)
+
+
+def test_a_trial_that_is_at_the_optimum_after_an_epoch_contracts_to_nothing():
+    assert contraction(distances(1.0, 0.0)) == 0.0
+    assert contraction(distances(1.0, 0.0, 0.0)) == 0.0
 
 
 # --- a trial

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
 from momentum_tuner.metrics import stability_bound, trial_measures
-from momentum_tuner.tasks import Task, digits_mlp, quadratic
+from momentum_tuner.tasks import Task, digits_mlp, quadratic, rosenbrock
 from momentum_tuner.trainer import Trainer, TrialSettings
 
 torch.set_num_threads(1)
@@ -94,6 +94,42 @@ def test_momentum_and_nesterov_contract_at_their_known_rates(measured, method):
 def test_the_accelerated_methods_rank_as_theory_says(measured):
     _, found = measured
     assert found["momentum"] < found[BEST] < found[USUAL] < found["gradient descent"]
+
+
+@pytest.mark.parametrize("steps", [500, 1000, 5000])
+@pytest.mark.parametrize("kappa", [2, 10])
+def test_the_rates_hold_where_the_distance_underflows_before_the_end(kappa, steps):
+    settings = {name: row[:3] for name, row in known_rates(kappa).items()}
+    records = run(quadratic(kappa=kappa, steps_per_epoch=50), settings, steps // 50)
+    for method, (*_, rate) in known_rates(kappa).items():
+        measured = trial_measures(records[method], steps // 50).contraction
+        # Down to 1e-292, which is 1e-50 of what torch squares without underflow.
+        took = min(steps, math.log(1e-292) / math.log(rate))
+        assert rate - 1e-4 <= measured <= rate * 3 ** (2 / (took - 50)), method
+
+
+def test_what_cannot_come_nearer_to_an_optimum_that_is_not_zero_keeps_its_rate():
+    def contractions(epochs):
+        settings = {momentum: ("momentum", 1e-3, momentum) for momentum in (0.9, 0.97)}
+        records = run(rosenbrock(), settings, epochs)
+        return [trial_measures(records[momentum], epochs).contraction for momentum in (0.9, 0.97)]
+
+    slow, fast = contractions(60)
+    assert contractions(200) == pytest.approx([slow, fast], abs=2e-3)
+    assert fast < slow - 1e-3 and slow < 0.999
+
+
+@pytest.mark.parametrize(("precision", "below"), [("float32", 1e-30), ("float64", 1e-290)])
+def test_a_distance_is_told_down_to_where_its_dtype_rounds_it(precision, below):
+    trainer = Trainer(quadratic(dim=2, kappa=2), epochs=100, slots=1, precision=precision)
+    records = [trainer.admit("a", TrialSettings("sgd", {"learning_rate": 2 / 3}, 1, 0))]  # a third is left by a step
+    for _ in range(100):
+        records += [record for _, record in trainer.train_epoch()]
+    there = [r.distance for r in records if r.distance]
+    assert below < there[-1] < below * 3**51
+    assert all(r.distance == 0.0 for r in records[len(there) :])
+    for before, after in itertools.pairwise(there):
+        assert after / before == pytest.approx(3.0**-50, rel=1e-5)
 
 
 # --- stability edges, for one mode of curvature 1

@@ -21,6 +21,9 @@ from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.stack import Stack, by_rule
 from momentum_tuner.trainer.state import SlotState, TrialSettings
 
+ROUNDINGS = 1000.0
+"""Steps come as near to an optimum as so many roundings of it: in float32 Rosenbrock's valley stalls at 500 of them."""
+
 
 @dataclass(eq=False)
 class Slot:
@@ -210,9 +213,24 @@ def evaluate(
     if optimum is None:
         distance = torch.full((len(mean), 1), torch.nan, dtype=torch.float64, device=mean.device)
     else:
-        distance = torch.linalg.vector_norm((objective.layout.join(rows) - optimum).double(), dim=1, keepdim=True)
+        distance = _distance(objective.layout.join(rows), optimum)
     both = torch.cat([mean, distance], dim=1).cpu().numpy()
     return both[:, :-1], both[:, -1]
+
+
+def _distance(rows: Tensor, optimum: Tensor) -> Tensor:
+    """Distance of rows `[slots, parameters]` to the optimum `[parameters]`, `[slots, 1]`.
+
+    It is 0 where the rows' dtype does not resolve it: near underflow, or below what is rounded at the optimum.
+    """
+    number = torch.finfo(rows.dtype)
+    apart = (rows - optimum).double()
+    # A norm's squares underflow below 1e-154.
+    scale = apart.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    distance = scale * torch.linalg.vector_norm(apart / scale, dim=1, keepdim=True)
+    rounding = ROUNDINGS * number.eps * torch.linalg.vector_norm(optimum.double())
+    found: Tensor = distance.masked_fill(distance <= rounding.clamp(min=number.tiny / number.eps), 0.0)
+    return found
 
 
 def named_metrics(objective: Objective, evaluated: NDArray[np.float64]) -> dict[str, float]:
