@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 
 SPIKE_HORIZON = 50
 SPIKE_DEVIATIONS = 6.0
+SPIKE_ROUNDING = 1e-12
 DIVERGENCE_FACTOR = 10.0
 
 
@@ -110,7 +111,7 @@ def count_spikes(losses: Array, first_step: int, state: SpikeState) -> tuple[int
     """Count the steps whose loss exceeds the trailing mean by more than 6 trailing mean absolute deviations.
 
     Both are exponential means with a horizon of 50 steps over the steps before, corrected for their start;
-    steps count from step 50 on.
+    steps count from step 50 on. An excess of less than 1e-12 of the mean is the mean's own rounding.
 
     Args:
         losses: `[steps]`, one trial's minibatch losses, all finite.
@@ -128,6 +129,7 @@ def count_spikes(losses: Array, first_step: int, state: SpikeState) -> tuple[int
                 step >= SPIKE_HORIZON
                 and deviation_weight > 0.0
                 and excess > SPIKE_DEVIATIONS * deviation / deviation_weight
+                and excess > SPIKE_ROUNDING * abs(mean / weight)
             ):
                 spikes += 1
             deviation = keep * deviation + (1.0 - keep) * abs(excess)

@@ -94,6 +94,15 @@ def test_a_spike_needs_more_than_six_deviations():
         assert count_spikes(np.array([mean + factor * deviation]), 201, state)[0] == spikes
 
 
+@pytest.mark.parametrize("loss", [0.5400112271308899, 0.5349120497703552, -0.5400112271308899])
+def test_a_constant_loss_has_no_spikes(loss):
+    """Of these losses the trailing mean is off by a rounding, while its mean deviation decays to nothing."""
+    losses = np.full(1000, loss)
+    assert count_spikes(losses, 1, SpikeState())[0] == 0
+    losses[900] += 1e-9
+    assert count_spikes(losses, 1, SpikeState())[0] == 1
+
+
 def test_an_epoch_without_steps_leaves_the_means_alone():
     state = SpikeState(0.5, 1.0, 0.25, 0.125)
     assert count_spikes(np.empty(0), 30, state) == (0, state)
