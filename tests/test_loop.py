@@ -194,6 +194,58 @@ def test_the_optimizer_clips_and_follows_the_schedule_of_the_study():
     assert rates == pytest.approx((0.1 * factors[6:9]).tolist(), rel=1e-3)
 
 
+def context_of(schedule_of=None, **hyper):
+    values = {"learning_rate": 0.1, "momentum": 0.9, **hyper}
+    return LoopContext("momentum", values, 0, torch.device("cpu"), 4, schedule_of)
+
+
+@pytest.mark.parametrize("how", ["in place", "by name"])
+def test_a_gradient_that_a_closure_computes_is_clipped_too(how):
+    weight, plain = (nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
+    ours = context_of(clip_norm=2.0).optimizer([weight])
+    theirs = torch.optim.SGD([plain], lr=0.1, momentum=0.9)
+
+    def closure():
+        ours.zero_grad()
+        loss = 50 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        loss = ours.step(closure) if how == "in place" else ours.step(closure=closure)
+        theirs.zero_grad()
+        expected = 50 * plain.square().sum()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_([plain], 2.0)
+        theirs.step()
+        assert torch.equal(loss, expected)
+        assert torch.equal(weight, plain)
+
+
+def test_groups_that_are_added_later_follow_the_schedule_from_their_own_rate():
+    def build():
+        optimizer = context_of(
+            lambda steps: make_schedule("cosine", total_steps=4 * steps, steps_per_epoch=steps)
+        ).optimizer([nn.Parameter(torch.ones(1))], steps_per_epoch=5)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.02})
+        return optimizer
+
+    factors = make_schedule("cosine", total_steps=20, steps_per_epoch=5).learning_rate_factor(np.arange(20))
+    optimizer = build()
+    for _ in range(10):
+        optimizer.step()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    optimizer.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.1 * factors[10], 0.02 * factors[10], 0.1 * factors[10]])
+
+    other = build()
+    other.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    other.load_state_dict(optimizer.state_dict())  # in which the schedule has changed the rates
+    other.step()
+    assert [group["lr"] for group in other.param_groups] == pytest.approx([0.1, 0.02, 0.1])
+
+
 def test_one_cycle_cycles_momentum_too():
     seen = []
 

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -196,13 +197,23 @@ class _Steps:
         self.taken = taken
         self._schedule = schedule
         self._clip_norm = clip_norm
-        self._groups = [{**group} for group in optimizer.param_groups]
+        self._groups: list[dict[str, Any]] = []
+        self._take_in_groups(optimizer)
         optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_load_state_dict_pre_hook(self._take_in_groups)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `step` is called with: with a closure that clips, where it takes one, as that computes the gradient."""
         if math.isfinite(self._clip_norm):
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self._clip_norm)
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._clip(optimizer)
+            else:
+                args, kwargs = args[:1], {**kwargs, "closure": partial(self._close, optimizer, closure)}
         if self._schedule is not None:
+            self._take_in_groups(optimizer)
             at = np.array(self.taken)
             rate = float(self._schedule.learning_rate_factor(at))
             cycle = float(self._schedule.momentum_factor(at))
@@ -213,6 +224,19 @@ class _Steps:
                 if "betas" in own:
                     group["betas"] = (own["betas"][0] * cycle, own["betas"][1])
         self.taken += 1
+        return args, kwargs
+
+    def _close(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Any:
+        loss = closure()
+        self._clip(optimizer)
+        return loss
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self._clip_norm)
+
+    def _take_in_groups(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Remember what the groups that were added since have of their own, before a schedule or a state changes it."""
+        self._groups += [{**group} for group in optimizer.param_groups[len(self._groups) :]]
 
 
 def torch_optimizer(
