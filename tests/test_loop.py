@@ -582,6 +582,47 @@ def test_a_trial_that_saved_nothing_begins_anew():
     assert curve(other, "a", 2) == [(1, 2.0), (2, 1.0)]
 
 
+@pytest.mark.parametrize("after", [1, 2, 3, 5])
+def test_what_is_saved_before_the_first_yield_is_not_the_state_after_an_epoch(after):
+    def train(context):
+        point = nn.Parameter(torch.randn(3))
+        optimizer = context.optimizer([point])
+        if state := context.load():
+            point.data.copy_(state["point"])
+            optimizer.load_state_dict(state["optimizer"])
+
+        def save():
+            context.save({"point": point, "optimizer": optimizer.state_dict()})
+
+        save()
+        yield {"valid_loss": point.square().sum().item()}
+        for epoch in range(context.epoch, context.epochs):
+            optimizer.zero_grad()
+            point.square().sum().backward()
+            optimizer.step()
+            if epoch % 2:  # after the epochs 2, 4, ...
+                save()
+            yield {"valid_loss": point.square().sum().item()}
+
+    owner = trainer(train, epochs=6)
+    owner.admit("a", settings(seed=3))
+    whole = [record for _ in range(6) for _, record in owner.train_epoch()]
+    assert [record.step for record in whole] == [1, 2, 3, 4, 5, 6]
+
+    other, saved = trainer(train, epochs=6), after // 2 * 2
+    other.admit("a", settings(seed=3))
+    curve(other, "a", after)
+    state = other.export("a")
+    assert (state.epoch, state.step) == (saved, saved)
+    other = trainer(train, epochs=6)
+    other.admit("a", settings(seed=3), state)
+    (first,) = [record for _, record in other.train_epoch()]
+    assert (first.epoch, first.step) == (saved + 1, saved + 1)
+    assert other.export("a").epoch == saved  # nor after a resume
+    rest = [first.valid_loss, *(loss for _, loss in curve(other, "a", 5 - saved))]
+    assert rest == [record.valid_loss for record in whole[saved:]]
+
+
 def test_a_loop_that_saves_must_load():
     def train(context):
         for _ in range(3):

@@ -117,6 +117,10 @@ class LoopContext:
         """Set where the trial goes on: for the trainer."""
         self.epoch, self._to_load = epoch, state
 
+    def forget(self) -> None:
+        """Let go of what was saved before the first yield: the trial begins in that state anyway. For the trainer."""
+        self._saved = None
+
     def take(self) -> Packed | None:
         """What the loop saved since it was taken last, and one epoch more is done: for the trainer."""
         self.epoch += 1
@@ -157,6 +161,7 @@ class LoopContext:
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep the state after the epoch whose measures are yielded next; it takes the place of the one before.
 
+        Before the first yield, where no epoch was trained yet, nothing is kept.
         It is written to a checkpoint every 30 seconds, and when the worker is asked to stop. A trial that another
         worker takes over goes on from the one written last; without any it begins anew.
 

@@ -235,6 +235,7 @@ class _LoopSlot:
         self._context.begin(saved.epoch, None if saved.loop is None else (saved.tensors, saved.loop))
         self._epoch, self._step, self._initial_loss = saved.epoch, saved.step, saved.initial_loss
         measures = self._next(self._seed)
+        self._context.forget()
         if saved.loop is not None and not self._context.loaded:
             raise TrialError("Loop.train saves its state but does not load it: call context.load() before it yields")
         if self._initial_loss is None:
