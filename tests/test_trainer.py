@@ -1015,6 +1015,34 @@ def test_bfloat16_is_autocast_and_roughly_agrees_with_float32(mode):
     assert trainer.export("a").tensors["parameters"].dtype == torch.float32
 
 
+def test_a_loss_that_comes_as_bfloat16_trains(mode):
+    task = replace(digits_mlp(hidden=16), steps_per_epoch=10)
+
+    def likelihood(model, batch):
+        return -F.log_softmax(model(batch[0]), -1).gather(1, batch[1][:, None]).mean()
+
+    narrow = replace(task, loss=likelihood)
+    settings = {"a": momentum(0.1, batch_size=32), "b": momentum(1e6, 0.99, batch_size=32)}
+    found, expected = (curves(t, settings, 1, precision="bfloat16", mode=mode) for t in (narrow, task))
+    assert found["a"][0].train_loss == pytest.approx(expected["a"][0].train_loss, rel=0.01)
+    assert found["a"][0].valid_loss == pytest.approx(expected["a"][0].valid_loss, rel=0.01)
+    assert found["b"][0].diverged_at_step == expected["b"][0].diverged_at_step is not None
+
+
+def test_metrics_are_not_rounded_to_the_dtype_of_the_loss(mode):
+    whole = digits_mlp(hidden=16)
+    task = replace(
+        whole,
+        steps_per_epoch=2,
+        valid=TensorDataset(*(t[:97] for t in whole.valid.tensors)),
+        loss=lambda model, batch: whole.loss(model, batch).bfloat16(),
+    )
+    found = alone(task, momentum(0.1, batch_size=32), 2, mode=mode)
+    for record in found:
+        right = 97 * record.metrics["accuracy"]
+        assert right == pytest.approx(round(right), abs=1e-4)
+
+
 # --- settings of each slot
 
 

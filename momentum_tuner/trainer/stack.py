@@ -13,7 +13,7 @@ from momentum_tuner.trainer.data import Batch
 from momentum_tuner.trainer.layout import Rows
 from momentum_tuner.trainer.objective import Objective
 from momentum_tuner.trainer.replay import Call
-from momentum_tuner.trainer.state import TrialSettings
+from momentum_tuner.trainer.state import TrialSettings, table_dtype
 from momentum_tuner.trainer.update import (
     UPDATE,
     Standing,
@@ -74,6 +74,7 @@ class Stack:
     ) -> None:
         self.objective = objective
         layout = objective.layout
+        self._wide = table_dtype(layout.dtype)
         self.rows = layout.stack([s["parameters"] for s in states])
         self.previous = layout.stack([s["previous_update"] for s in states])
         self.update = tuple(torch.empty_like(segment) for segment in self.rows)
@@ -130,6 +131,8 @@ class Stack:
     ) -> tuple[Rows, Tensor, dict[str, Tensor]]:
         """Gradient, loss `[slots]` and the buffers after the forward pass; changes nothing.
 
+        The loss is at least as wide as the table of measures: beside autocast it may come as bfloat16.
+
         Args:
             batch: one minibatch for all slots, or one each.
             keys: `[slots]`, what the slots' random numbers follow from, or None.
@@ -140,7 +143,7 @@ class Stack:
         # The forward pass writes to its buffers before anyone knows whether the step will succeed.
         buffers = {name: value.clone() for name, value in self.buffers.items()}
         grads, loss = self.objective.gradient(point, buffers, batch, keys, fused)
-        return grads, loss, buffers
+        return grads, loss.to(torch.promote_types(loss.dtype, self._wide)), buffers
 
     def step(
         self,
