@@ -16,7 +16,7 @@ from momentum_tuner.trainer.memory import free_memory, is_out_of_memory
 from momentum_tuner.trainer.objective import GRADIENT, Objective
 from momentum_tuner.trainer.slots import evaluate
 from momentum_tuner.trainer.stack import Stack
-from momentum_tuner.trainer.state import TrialSettings, new_state, table_dtype
+from momentum_tuner.trainer.state import TrialSettings, new_state
 from momentum_tuner.trainer.update import UPDATE, Standing
 
 SEQUENTIAL, FUSED, COMPILED = "sequential", "fused", "compiled"
@@ -230,7 +230,7 @@ class Stopwatch:
         if self._objective.draws or not fused:
             keys = torch.zeros(width, dtype=torch.int64, device=self._objective.device)
         ones, rate = stack.column([1.0] * width), stack.column([0.0] * width)
-        standing = Standing(ones * torch.inf, ones > 0, ones.to(table_dtype(ones.dtype)))
+        standing = Standing(ones * torch.inf, ones > 0, ones)
 
         alone = self._objective.device.type == "cpu" and torch.get_num_threads() == 1
         # Others that take the processor meanwhile would make wide steps, which take long, look slower than narrow ones.

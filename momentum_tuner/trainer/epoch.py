@@ -55,24 +55,24 @@ class Epoch:
         self.done = len(parts[0]["part/table"]) if parts else 0
         self._orders = [(slot.settings.seed, slot.epoch + 1) for slot in slots]
         self._batches: Iterator[Batch] | None = None
-        rows = stack.rows[0]  # as which all else is
-        wide = table_dtype(rows.dtype)
+        device, wide = stack.rows[0].device, table_dtype(stack.objective.layout.dtype)
 
         # Of every step to come, `[steps, slots]`
         at = np.array([slot.step for slot in slots])[None, :] + np.arange(source.steps)[:, None]
         base = np.array([slot.settings.value("learning_rate") for slot in slots])
-        self._rates = torch.from_numpy(base * schedule.learning_rate_factor(at)).to(rows)
-        self._cycle = torch.from_numpy(schedule.momentum_factor(at)).to(rows) if schedule.cycles_momentum else None
-        self._counts = torch.from_numpy(at + 1.0).to(rows)
+        self._rates = torch.from_numpy(base * schedule.learning_rate_factor(at)).to(device, wide)
+        cycle = torch.from_numpy(schedule.momentum_factor(at)) if schedule.cycles_momentum else None
+        self._cycle = None if cycle is None else cycle.to(device, wide)
+        self._counts = torch.from_numpy(at + 1.0).to(device, wide)
         self._keys = None
         if stack.objective.draws or not stack.objective.batch_slots:
-            self._keys = torch.from_numpy(step_keys(self._orders, source.steps)).to(rows.device)
+            self._keys = torch.from_numpy(step_keys(self._orders, source.steps)).to(device)
 
         # Of the slots, `[slots]`
         clip = [slot.settings.value("clip_norm") for slot in slots]
         self._max_norm = stack.column(clip) if any(c != float("inf") for c in clip) else None
-        self._new = torch.tensor([slot.initial_loss is None for slot in slots], device=rows.device)
-        self._largest = torch.finfo(rows.dtype).max
+        self._new = torch.tensor([slot.initial_loss is None for slot in slots], device=device)
+        self._largest = torch.finfo(wide).max
 
         # What moves on from step to step
         if parts:
@@ -83,7 +83,7 @@ class Epoch:
             self._table = []
             limits = [self._largest if s.initial_loss is None else divergence_limit(s.initial_loss) for s in slots]
             limit = stack.column([min(limit, self._largest) for limit in limits])
-            taken = torch.zeros(len(slots), dtype=wide, device=rows.device)
+            taken = torch.zeros(len(slots), dtype=wide, device=device)
         self._standing = Standing(limit, taken == self.done, taken)
 
     @property

@@ -325,7 +325,7 @@ class Objective:
     ) -> tuple[Rows, Tensor]:
         self.wrapper.train()
         grads = tuple(torch.zeros_like(segment) for segment in rows)
-        losses = rows[0].new_empty(len(rows[0]))
+        losses = rows[0].new_empty(len(rows[0]), dtype=torch.promote_types(rows[0].dtype, torch.float32))
         seeds = [0] * len(losses) if keys is None else keys.tolist()
         with RandomStream(0) as stream, torch.enable_grad():
             for slot, seed in enumerate(seeds):

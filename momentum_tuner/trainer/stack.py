@@ -77,7 +77,7 @@ class Stack:
         self._wide = table_dtype(layout.dtype)
         self.rows = layout.stack([s["parameters"] for s in states])
         self.previous = layout.stack([s["previous_update"] for s in states])
-        self.update = tuple(torch.empty_like(segment) for segment in self.rows)
+        self.update = tuple(torch.empty_like(segment) for segment in self.previous)
         self.torn = False
         prefix = "buffer/"
         self.buffers = {
@@ -123,8 +123,8 @@ class Stack:
         return found
 
     def column(self, values: Sequence[float]) -> Tensor:
-        """One value per slot, as the rows are."""
-        return torch.tensor(values, dtype=self.rows[0].dtype, device=self.rows[0].device)
+        """One value per slot, in the table's dtype: to a bfloat16 0.999 is 1."""
+        return torch.tensor(values, dtype=self._wide, device=self.rows[0].device)
 
     def gradient(
         self, batch: Batch, keys: Tensor | None, cycle: Tensor | None, fused: bool | None = None
@@ -143,7 +143,9 @@ class Stack:
         # The forward pass writes to its buffers before anyone knows whether the step will succeed.
         buffers = {name: value.clone() for name, value in self.buffers.items()}
         grads, loss = self.objective.gradient(point, buffers, batch, keys, fused)
-        return grads, loss.to(torch.promote_types(loss.dtype, self._wide)), buffers
+        if loss.dtype != self._wide:
+            loss = loss.to(torch.promote_types(loss.dtype, self._wide))
+        return grads, loss, buffers
 
     def step(
         self,
@@ -251,9 +253,11 @@ class Stack:
         }
 
     def _room_for(self, piece: Slice) -> int:
-        """Bytes that a rule's update may take besides `[slots]` tensors: RMSprop's decayed gradient."""
-        decayed = piece.rule.name == "rmsprop" and "weight_decay" in piece.hyper
-        return max(segment[piece.rows].nbytes for segment in self.rows) if decayed else 0
+        """Bytes that a rule's update may take besides `[slots]` tensors: RMSprop's decayed gradient, widened rows."""
+        tensors = int(piece.rule.name == "rmsprop" and "weight_decay" in piece.hyper)
+        if self.objective.layout.dtype != self._wide:
+            tensors += 2 + len(piece.moments)
+        return tensors * max(segment[piece.rows].nbytes for segment in self.update)
 
     def _ahead(self, cycle: Tensor | None) -> Rows:
         """The rows, with those of look-ahead rules moved to where their gradient is taken."""

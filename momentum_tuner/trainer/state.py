@@ -154,27 +154,32 @@ def _expected_tensors(objective: Objective, rule: Rule, epoch_steps: int) -> dic
     """Shape and dtype by name of a state's tensors."""
     dtype = objective.layout.dtype
     row = (torch.Size([objective.layout.parameters]), dtype)
-    expected = dict.fromkeys(["parameters", "previous_update", *(f"moment/{name}" for name in rule.moments)], row)
+    expected = dict.fromkeys(["parameters", *(f"moment/{name}" for name in rule.moments)], row)
+    expected["previous_update"] = (row[0], table_dtype(dtype))
     expected |= {f"buffer/{name}": kind for name, kind in objective.own.items()}
     if epoch_steps:
         table = torch.Size([epoch_steps, TABLE_COLUMNS])
         expected |= {
             "part/table": (table, table_dtype(dtype)),
-            "part/limit": (torch.Size([]), dtype),
+            "part/limit": (torch.Size([]), table_dtype(dtype)),
             "part/taken": (torch.Size([]), table_dtype(dtype)),
         }
     return expected
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of measures beside parameters of this one: a bfloat16 cannot count to an epoch's steps."""
+    """The dtype of measures, updates and hyperparameters beside parameters of this one.
+
+    A bfloat16 cannot count to an epoch's steps, nor tell 0.999 from 1.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 def new_state(objective: Objective, settings: TrialSettings) -> SlotState:
     """The state of a trial before its first step."""
     start = objective.start(settings.seed)
-    tensors = {"parameters": start.row, "previous_update": torch.zeros_like(start.row)}
+    previous = torch.zeros_like(start.row, dtype=table_dtype(start.row.dtype))
+    tensors = {"parameters": start.row, "previous_update": previous}
     tensors |= {f"moment/{name}": torch.zeros_like(start.row) for name in settings.rule.moments}
     tensors |= {f"buffer/{name}": value for name, value in start.buffers.items()}
     return SlotState(tensors)

@@ -47,9 +47,10 @@ def gradient_norms(layout: Layout, grads: Rows, roots: Tensor) -> tuple[Tensor, 
     Args:
         layout: of the rows.
         grads: the gradient.
-        roots: `[tensors]`, of the parameter tensors' sizes.
+        roots: `[tensors]`, of the parameter tensors' sizes, in the dtype of the measures.
     """
-    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1) for piece in layout.pieces(grads)])
+    wide = roots.dtype
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, dtype=wide) for piece in layout.pieces(grads)])
     total = torch.linalg.vector_norm(norms, dim=0)
     if len(norms) == 1:
         return total, torch.ones_like(total)
@@ -63,6 +64,9 @@ def write_update(
 ) -> None:
     """Let a rule write the update of its slots, segment by segment.
 
+    Where the update is wider than the parameters, the rule computes as wide as that, as torch.optim's kernels do, and
+    only what is kept is rounded.
+
     Args:
         rule: of all these slots.
         rows: their parameters.
@@ -71,8 +75,15 @@ def write_update(
         factors: what `rule.prepare` made of the hyperparameters.
         update: where it is written.
     """
-    for i, segment in enumerate(rows):
-        rule.apply(segment, grads[i], {name: m[i] for name, m in moments.items()}, factors, update[i])
+    for i, (segment, grad, out) in enumerate(zip(rows, grads, update, strict=True)):
+        own = {name: m[i] for name, m in moments.items()}
+        if segment.dtype == out.dtype:
+            rule.apply(segment, grad, own, factors, out)
+            continue
+        widened = {name: moment.to(out.dtype) for name, moment in own.items()}
+        rule.apply(segment.to(out.dtype), grad.to(out.dtype), widened, factors, out)
+        for name, moment in own.items():
+            moment.copy_(widened[name])
 
 
 def move(rows: Rows, update: Rows, previous: Rows, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,7 +145,7 @@ class WholeStep:
         norm, ratio = gradient_norms(self.layout, grads, next(rest))
         if max_norm is not None:
             grads = clipped(grads, norm, max_norm)
-        update = tuple(torch.empty_like(row) for row in rows)  # needs no memory, compiled
+        update = tuple(torch.empty_like(segment) for segment in previous)  # needs no memory, compiled
         write_update(self.rule, rows, grads, moments, self.rule.prepare(hyper, count), update)
         moved = move(rows, update, previous, ~standing.active[:, None])
         for before, segment in zip(previous, update, strict=True):
