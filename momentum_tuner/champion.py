@@ -21,6 +21,7 @@ from momentum_tuner.tasks import Loop, Task
 from momentum_tuner.tickets import BestSetting, StudyRecord, best_settings, find_trial
 from momentum_tuner.tracking import check_tracking_uri, is_refusal, quiet_mlflow, short_reason
 from momentum_tuner.trainer import SlotState, fill_model
+from momentum_tuner.trainer.randomness import RandomStream
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,7 +95,16 @@ def register_champion(
     def keep(task: Task | Loop, state: SlotState) -> None:
         ends.append(_model(task, state))
 
-    replay = replay_trial(database, study, trial, device=device, trusted=trusted, after_epoch=after_epoch, at_end=keep)
+    replay = replay_trial(
+        database,
+        study,
+        trial,
+        device=device,
+        trusted=trusted,
+        at_start=_check,
+        after_epoch=after_epoch,
+        at_end=keep,
+    )
     if replay.verdict == "not equal" or not ends:
         raise StudyFailedError(
             f"trial {trial.number} of {trial.optimizer} does not train again as it was recorded, so nothing is "
@@ -124,12 +134,40 @@ def _best(database: Database, study: StudyRecord, optimizer: str | None) -> Best
     return found[0]
 
 
+def _check(task: Task | Loop) -> None:
+    """See before it is trained that a model can be registered.
+
+    Raises:
+        TaskError: what it takes or returns is not one tensor that MLflow can describe.
+    """
+    with RandomStream(0), torch.no_grad():
+        model, example = _untrained(task)
+        try:
+            out = model(example)
+        except Exception as error:
+            raise TaskError(f"the model cannot be registered: of the input alone {describe_failure(error)}") from error
+    for what, value in (("input", example), ("output", out)):
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TaskError(f"the model cannot be registered: its {what} is a {kind}, where MLflow takes a tensor")
+        try:
+            value.numpy()
+        except TypeError as error:
+            raise TaskError(
+                f"the model cannot be registered: its {what} is of {value.dtype}, which NumPy and so MLflow do not know"
+            ) from error
+
+
 def _model(task: Task | Loop, state: SlotState) -> tuple[nn.Module, Tensor]:
     """The trained model on the CPU, and two examples of what it takes."""
+    model, example = _untrained(task)
+    return fill_model(model, state.tensors), example
+
+
+def _untrained(task: Task | Loop) -> tuple[nn.Module, Tensor]:
     if isinstance(task, Loop) or not isinstance(task.train, TensorDataset):
         raise TaskError("only the model of a task with in-memory tensors can be registered: its first one is the input")
-    model = fill_model(task.model().cpu(), state.tensors)
-    return model.eval(), task.train.tensors[0][:_EXAMPLES].cpu()
+    return task.model().cpu().eval(), task.train.tensors[0][:_EXAMPLES].cpu()
 
 
 def _export(model: nn.Module, example: Tensor, path: Path) -> None:

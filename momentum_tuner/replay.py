@@ -98,6 +98,7 @@ def replay_trial(
     device: str = "cpu",
     trusted: Sequence[str] = (),
     tolerance: float = TOLERANCE,
+    at_start: Callable[[Task | Loop], None] = lambda task: None,
     after_epoch: Callable[[int, int], None] = lambda epoch, last: None,
     at_end: Callable[[Task | Loop, SlotState], None] = lambda task, state: None,
 ) -> Replay:
@@ -110,6 +111,7 @@ def replay_trial(
         device: what to train on.
         trusted: what may be imported.
         tolerance: the largest relative difference of a loss that rounding explains.
+        at_start: told of the task before it is trained.
         after_epoch: told of each epoch, and of the last one there will be.
         at_end: told of the task and of what the trial ended in, unless it diverged.
 
@@ -124,6 +126,7 @@ def replay_trial(
             f"no epoch of trial {trial.number} of {trial.optimizer} was recorded; name another one"
         )
     task = load_checked_task(study.spec, Path(study.folder) if study.folder else None, trusted)
+    at_start(task)
     replayed: list[EpochRecord] = []
     with _threads_of(trial, device):
         try:

@@ -11,7 +11,10 @@ import sqlalchemy as sa
 import torch
 from click.testing import CliRunner
 from mlflow import MlflowClient
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from momentum_tuner import Task
 from momentum_tuner.champion import register_champion
 from momentum_tuner.cli import cli
 from momentum_tuner.database import Epoch, Ticket
@@ -116,8 +119,57 @@ def test_what_cannot_be_registered_says_why(sqlite_database, trained):
         register_champion(sqlite_database, study, uri, optimizer="momentum")
 
 
-def test_a_model_without_an_input_is_not_registered(sqlite_database, trained):
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Positions(nn.Linear):
+    def forward(self, x, positions):
+        return super().forward(x + positions)
+
+
+class Narrowed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).bfloat16()
+
+
+def on_lines(model, dtype=torch.float32):
+    data = TensorDataset(torch.zeros(4, 3, dtype=dtype))
+    return Task(model=model, loss=lambda model, batch: model(batch[0]).sum(), train=data, valid=data)
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (
+            quadratic(dim=2, kappa=2.0),
+            "only the model of a task with in-memory tensors can be registered: its first one is the input",
+        ),
+        (
+            on_lines(lambda: Pair(3, 1)),
+            "the model cannot be registered: its output is a tuple, where MLflow takes a tensor",
+        ),
+        (
+            on_lines(lambda: Narrowed(3, 1)),
+            "the model cannot be registered: its output is of torch.bfloat16, which NumPy and so MLflow do not know",
+        ),
+        (
+            on_lines(lambda: nn.Linear(3, 1).bfloat16(), torch.bfloat16),
+            "the model cannot be registered: its input is of torch.bfloat16, which NumPy and so MLflow do not know",
+        ),
+        (
+            on_lines(lambda: Positions(3, 1)),
+            "the model cannot be registered: of the input alone TypeError: Positions.forward() missing 1 required "
+            "positional argument: 'positions' (",
+        ),
+    ],
+)
+def test_what_cannot_be_registered_says_so_before_it_is_trained(sqlite_database, trained, monkeypatch, task, reason):
     study, uri = trained(QUADRATIC)
-    assert quadratic(dim=2, kappa=2.0).train is None
-    with pytest.raises(TaskError, match="only the model of a task with in-memory tensors can be registered"):
-        register_champion(sqlite_database, study, uri)
+    monkeypatch.setattr("momentum_tuner.replay.load_checked_task", lambda *_: task)
+    shown = []
+    with pytest.raises(TaskError) as refused:
+        register_champion(sqlite_database, study, uri, after_epoch=lambda *epoch: shown.append(epoch))
+    assert str(refused.value).startswith(reason) and "\n" not in str(refused.value)
+    assert shown == []
