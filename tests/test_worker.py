@@ -152,12 +152,10 @@ def test_a_trial_that_begins_anew_is_forgiven_no_attempt_until_it_has_come_furth
         file.unlink()
     with bench.database.write() as session:  # as if a worker had died of it
         session.execute(sa.update(Ticket).values(attempts=1))
+    bench.hold_at(55, "b")
+    heir = bench.start("b", checkpoint_seconds=OFTEN)
     for steps, attempts in ((55, 2), (95, 1)):
-        bench.hold_at(steps, "b")
-        if steps == 55:
-            heir = bench.start("b", checkpoint_seconds=OFTEN)
-        else:
-            bench.release("b")
+        bench.hold_at(steps, "b")  # the second lets go of the first
         bench.wait_at(steps, "b")
         assert all(found[0].file.split("/")[1].startswith(heir.id) for found in bench.references())
         assert bench.rows(Ticket.attempts) == [(attempts,)] * 4
