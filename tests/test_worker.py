@@ -63,6 +63,16 @@ def undisturbed(make_bench):
 # Checkpoints
 
 
+def drain_at(bench: Bench, steps: int) -> None:
+    """Let worker a train so far, with checkpoints, and give its trials back."""
+    bench.hold_at(steps, "a")
+    running = bench.start("a", checkpoint_seconds=OFTEN)
+    bench.wait_at(steps)
+    running.stop.asked = True
+    bench.release("a")
+    running.join()
+
+
 def test_a_drained_trial_goes_on_in_the_middle_of_its_epoch_to_the_last_bit(bench, undisturbed):
     study = bench.submit(steps=20)
     bench.start("a", StopAfter(30)).join()
@@ -114,12 +124,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before_else_for_the_begi
     bench, undisturbed, caplog, broken
 ):
     study = bench.submit(steps=20, epochs=6)
-    bench.hold_at(70, "a")
-    running = bench.start("a", checkpoint_seconds=OFTEN)
-    bench.wait_at(70)
-    running.stop.asked = True
-    bench.release("a")
-    running.join()
+    drain_at(bench, 70)
     trials = bench.rows(Ticket.trial_id, Ticket.trial_number)
     (newest, older), *_ = bench.references()
     assert all(found == [newest, older] for found in bench.references())
@@ -142,12 +147,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before_else_for_the_begi
 
 def test_a_trial_that_begins_anew_is_forgiven_no_attempt_until_it_has_come_further_than_before(bench):
     study = bench.submit(steps=20, epochs=6)
-    bench.hold_at(70, "a")
-    running = bench.start("a", checkpoint_seconds=OFTEN)
-    bench.wait_at(70)
-    running.stop.asked = True
-    bench.release("a")
-    running.join()
+    drain_at(bench, 70)
     for file in (bench.checkpoints / study.checkpoint_folder).iterdir():
         file.unlink()
     with bench.database.write() as session:  # as if a worker had died of it
