@@ -90,6 +90,7 @@ class StudyWorker:
         self.stop = stop
         self.link = link or Link()
         self.rungs = sorted(self.spec.rungs())
+        self._smallest_batch = smallest_batch_size(self.spec)
         aim = self.spec.target_aim
         target = self.spec.target
         self.target = None if target == "auto" else Target(target, aim.metric, aim.maximize)
@@ -465,7 +466,7 @@ class StudyWorker:
     def _result(self, held: Held, outcome: str, measures: TrialMeasures) -> Result:
         budget, common = (
             self.spec.budget.epochs * self.trainer.steps_per_epoch(size)
-            for size in (trial_settings(held.claim).batch_size, smallest_batch_size(self.spec))
+            for size in (trial_settings(held.claim).batch_size, self._smallest_batch)
         )
         values = [objective_value(measures, aim.metric, budget, common) for aim in self.spec.objective.aims]
         second = values[1] if len(values) > 1 else None
