@@ -56,8 +56,7 @@ class Deadlines:
 
         @sa.event.listens_for(engine, "before_cursor_execute")
         def renew(connection: sa.Connection, *_: Any) -> None:
-            seconds = connection.get_execution_options().get(PATIENCE, self.seconds)
-            self._begin(connection.connection.dbapi_connection, seconds)
+            self._begin(connection.connection.dbapi_connection, connection.get_execution_options().get(PATIENCE))
 
     def _begin(self, connection: Any, seconds: float | None = None) -> None:
         with self._lock:
