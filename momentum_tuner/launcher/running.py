@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from momentum_tuner.database import Database
 from momentum_tuner.errors import InputError, StudyFailedError, WorkersEndedError
 from momentum_tuner.fork_server import ForkServer
-from momentum_tuner.launcher.devices import check_placing, plan_workers
+from momentum_tuner.launcher.devices import plan_workers
 from momentum_tuner.launcher.local import LocalWorkers
 from momentum_tuner.launcher.submitting import TaskCheck, known_study, load_checked_task
 from momentum_tuner.tickets import StudyProgress, StudyRecord, study_progress
@@ -223,7 +223,6 @@ def make_workers(
 
         placing = RayOptions(place.ray_address, place.workers, place.device, place.gpus_per_worker)
         return RayWorkers(database, options, placing, say, place.log_level)
-    check_placing(place.workers, place.device, place.engine, place.ray_address, place.gpus_per_worker)
     return LocalWorkers(database, options, plan_workers(place.workers, place.device), say, place.log_level, server)
 
 
